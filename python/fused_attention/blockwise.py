@@ -1,0 +1,279 @@
+"""Attention by tiles in plain PyTorch, forward, backward and double backward: any option, any device, memory O(seqlen).
+
+    online softmax    m' = max(m, rowmax(s));  l' = l e^(m - m') + rowsum(e^(s - m'));  acc' = acc e^(m - m') + e^(s - m') v
+    gradients         p = e^(s - lse);  ds = p (dout v^T - delta),  delta = rowsum(dout out) - dlse
+
+Sources: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe, Staats, "Self-attention does not need
+O(n^2) memory", 2021; Dao, "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import scores as pairs
+from .problem import AttentionOutput, Gradients, Problem
+from .scores import NEG_INF, Geometry, Tile
+
+BLOCK = 512  # queries and keys a tile: the scores of a tile stay in a core's share of the cache
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
+    """out and lse; written without in-place updates, so that every transform of PyTorch can differentiate it."""
+    where = pairs.locate(problem)
+    q, k, v = (pairs.dense(tensor, problem) for tensor in (q, k, v))
+    parts = [_forward_rows(q, k, v, problem, where, rows) for rows in _blocks(problem.seqlen_q)]
+    out, lse = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+    out = out.to(problem.dtype)
+    return AttentionOutput(out[0].transpose(0, 1), lse[0]) if problem.packed else AttentionOutput(out, lse)
+
+
+def _forward_rows(q: Tensor, k: Tensor, v: Tensor, problem: Problem, where: Geometry, rows: slice) -> AttentionOutput:
+    q = q[:, :, rows].to(problem.accumulate_dtype)
+    slopes = None if problem.alibi_slopes is None else pairs.slopes_by_row(problem.alibi_slopes.to(q.dtype), problem, where)
+    row_max, row_sum = _start(q, problem)
+    acc = q.new_zeros(*q.shape[:3], problem.head_dim_v)
+    poisoned = q.new_zeros(q.shape[:3], dtype=torch.bool)
+    for cols in _key_blocks(problem, rows):
+        tile = Tile(rows, cols)
+        visible = pairs.visible(problem, where, tile)
+        k_tile, v_tile, broken = _load_keys(k, v, problem, cols)
+        s = pairs.cap(pairs.query_key(q, k_tile) * problem.scale, problem.softcap)
+        shifts = (None if x is None else pairs.part(x, tile) for x in (slopes, problem.bias))
+        s = _hide(pairs.shift(s, pairs.distance(problem, where, tile), *shifts), visible, NEG_INF)
+        if visible is not None and broken is not None:
+            poisoned = poisoned | (visible & broken).any(-1)
+        new_max = torch.maximum(row_max, s.detach().amax(-1))
+        pivot = _finite_pivot(new_max)
+        p = torch.exp(s - pivot[..., None])
+        rescale = torch.exp(row_max - pivot)
+        factor = pairs.dropout_factor(problem, where, tile)
+        row_sum = row_sum * rescale + p.sum(-1)
+        acc = acc * rescale[..., None] + pairs.weights_value(p if factor is None else p * factor, v_tile)
+        row_max = new_max
+    return _finish(row_max, row_sum, acc, poisoned)
+
+
+def _start(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """row_max and row_sum before the first key: nothing, or the sink."""
+    if problem.sinks is None:
+        return q.new_full(q.shape[:3], NEG_INF), q.new_zeros(q.shape[:3])
+    sinks = problem.sinks.to(q.dtype)[None, :, None].expand(q.shape[:3])
+    row_max = sinks.detach()
+    return row_max, torch.exp(sinks - _finite_pivot(row_max))
+
+
+def _finish(row_max: Tensor, row_sum: Tensor, acc: Tensor, poisoned: Tensor) -> AttentionOutput:
+    empty = row_sum == 0
+    total = torch.where(empty, 1.0, row_sum)
+    out = acc / total[..., None]
+    lse = torch.where(empty, NEG_INF, _finite_pivot(row_max) + torch.log(total))
+    return AttentionOutput(out.masked_fill(poisoned[..., None], torch.nan), lse.masked_fill(poisoned, torch.nan))
+
+
+def _finite_pivot(row_max: Tensor) -> Tensor:
+    # -inf - -inf would be nan: a row that has seen no key keeps a finite pivot.
+    return torch.where(row_max == NEG_INF, 0.0, row_max)
+
+
+def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem) -> Gradients:
+    """All gradients of a forward whose out and lse are given; those of bias and slopes are reduced in a fixed order."""
+    where = pairs.locate(problem)
+    operands = Operands.of(dout, dlse, q, k, v, out, lse, problem, where)
+    total = operands.zeros()
+    for tile in _tiles(problem):
+        total.add(_tile_gradients(operands.cut(tile), problem, where, tile), tile)
+    return Gradients(
+        *(_undense(tensor, problem).to(problem.dtype) for tensor in (total.q, total.k, total.v)),
+        bias=None if problem.bias is None or total.bias is None else total.bias.reshape(problem.bias.shape).to(problem.bias.dtype),
+        alibi_slopes=_sum_slopes(total.slopes, problem, where),
+        sinks=None if problem.sinks is None else _sink_gradient(problem.sinks, operands.lse, operands.delta),
+    )
+
+
+def double_backward(
+    cotangents: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
+) -> tuple[Tensor | None, ...]:
+    """Gradients of sum(cotangents * backward(...)) for dout, dlse, q, k, v, out, lse, bias, alibi_slopes, sinks, in this order.
+
+    out and lse are inputs here: what reaches them flows on through another first backward.
+    """
+    where = pairs.locate(problem)
+    given = (dout, dlse, q, k, v, out, lse, problem.bias, problem.alibi_slopes, problem.sinks)
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+        problem = problem._replace(bias=leaves[7], alibi_slopes=leaves[8], sinks=leaves[9])
+        operands = Operands.of(*leaves[:7], problem, where)  # type: ignore[arg-type]  # None stays None
+        results = {} if problem.sinks is None else {"sinks": _sink_gradient(problem.sinks, operands.lse, operands.delta)}
+    weights = _dense_cotangents(cotangents, problem, where)
+    total = operands.zeros()
+    for tile in _tiles(problem):
+        total.add(_pull_back(weights.cut(tile), operands.cut(tile), problem, where, tile), tile)
+    chain = [(x, dx) for x, dx in zip(operands, total, strict=True) if x is not None]
+    chain += [(x, getattr(cotangents, name)) for name, x in results.items() if getattr(cotangents, name) is not None]
+    return tuple(_gradients_of(chain, leaves))
+
+
+def _pull_back(weights: Operands, operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> Operands:
+    """The gradient of sum(weights * _tile_gradients(operands)) for each operand."""
+    with torch.enable_grad():
+        leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in operands))
+        gradients = _tile_gradients(leaves, problem, where, tile)
+        chain = [(x, w) for x, w in zip(gradients, weights, strict=True) if x is not None and w is not None]
+    return Operands(*_gradients_of(chain, leaves))
+
+
+def _gradients_of(chain: list[tuple[Tensor, Tensor]], leaves: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+    """The gradient of sum(weight * output) over the chain, one for each leaf; None for none."""
+    if not chain:
+        return (None for _ in leaves)
+    outputs, weights = zip(*chain, strict=True)
+    leaves = tuple(leaves)
+    found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], weights, allow_unused=True))
+    return (None if x is None else next(found) for x in leaves)
+
+
+def _dense_cotangents(cotangents: Gradients, problem: Problem, where: Geometry) -> Operands:
+    dtype = problem.accumulate_dtype
+    dq, dk, dv = (None if x is None else pairs.dense(x, problem).to(dtype) for x in cotangents[:3])
+    bias = None if cotangents.bias is None else _as_4d(cotangents.bias).to(dtype)
+    slopes = None if cotangents.alibi_slopes is None else pairs.slopes_by_row(cotangents.alibi_slopes.to(dtype), problem, where)
+    return Operands(dout=None, delta=None, q=dq, k=dk, v=dv, lse=None, bias=bias, slopes=slopes)
+
+
+class Operands(NamedTuple):
+    """What a backward computes from, dense and in the accumulate dtype; or one number beside each of these; or a tile of either."""
+
+    dout: Tensor | None
+    delta: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    lse: Tensor | None
+    bias: Tensor | None
+    slopes: Tensor | None
+
+    @classmethod
+    def of(
+        cls, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem, where: Geometry
+    ) -> Operands:
+        dtype = problem.accumulate_dtype
+        q, k, v, dout, out = (pairs.dense(tensor, problem).to(dtype) for tensor in (q, k, v, dout, out))
+        lse, dlse = (tensor[None] if tensor is not None and problem.packed else tensor for tensor in (lse, dlse))
+        live = (lse != NEG_INF)[..., None]
+        dout, q = torch.where(live, dout, 0.0), torch.where(live, q, 0.0)  # of a row that sees nothing not even a nan counts
+        delta = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse
+        bias = None if problem.bias is None else _as_4d(problem.bias).to(dtype)
+        slopes = None if problem.alibi_slopes is None else pairs.slopes_by_row(problem.alibi_slopes.to(dtype), problem, where)
+        return cls(dout, delta, q, k, v, lse, bias, slopes)
+
+    def zeros(self) -> Operands:
+        return Operands(*(None if tensor is None else torch.zeros_like(tensor) for tensor in self))
+
+    def cut(self, tile: Tile) -> Operands:
+        """Views of the tile's share."""
+        rows, cols = ((lambda x, part=part: None if x is None else x[:, :, part]) for part in tile)
+        both = (None if x is None else pairs.part(x, tile) for x in (self.bias, self.slopes))
+        return Operands(rows(self.dout), rows(self.delta), rows(self.q), cols(self.k), cols(self.v), rows(self.lse), *both)
+
+    def add(self, share: Operands, tile: Tile) -> None:
+        for total, part in zip(self.cut(tile), share, strict=True):
+            if total is not None and part is not None:
+                total += part
+
+
+def _tile_gradients(operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> Operands:
+    """What one tile adds to the gradients of q, k, v, bias and slopes; differentiable, for the second derivative."""
+    dout, delta, q, k, v, lse, bias, slopes = operands
+    visible = pairs.visible(problem, where, tile)
+    if visible is not None:
+        k, v, _ = _finite_keys(k, v)
+    distance = pairs.distance(problem, where, tile)
+    capped = pairs.cap(pairs.query_key(q, k) * problem.scale, problem.softcap)
+    s = _hide(pairs.shift(capped, distance, slopes, bias), visible, NEG_INF)
+    p = _hide(torch.exp(s - _finite_pivot(lse)[..., None]), visible, 0.0)
+    factor = pairs.dropout_factor(problem, where, tile)
+    dp = pairs.query_key(dout, v)
+    ds = _hide(p * ((dp if factor is None else dp * factor) - delta[..., None]), visible, 0.0)
+    dscores = ds if problem.softcap is None else ds * (1 - (capped / problem.softcap) ** 2)
+    return Operands(
+        dout=None,
+        delta=None,
+        q=pairs.weights_value(dscores, k) * problem.scale,
+        k=pairs.sum_over_queries(dscores, q, problem.kv_heads) * problem.scale,
+        v=pairs.sum_over_queries(p if factor is None else p * factor, dout, problem.kv_heads),
+        lse=None,
+        bias=None if bias is None else ds.sum_to_size(bias.shape),
+        slopes=None if slopes is None or distance is None else (-ds * distance).sum_to_size(slopes.shape),
+    )
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The sink's probability times (0 - delta), summed over its head: it has no value row."""
+    p = torch.where(lse == NEG_INF, 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - _finite_pivot(lse)))
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _sum_slopes(by_row: Tensor | None, problem: Problem, where: Geometry) -> Tensor | None:
+    """Undo slopes_by_row: (heads,) or (batch, heads) sums of what broadcast from them."""
+    slopes = problem.alibi_slopes
+    if by_row is None or slopes is None:
+        return None
+    if slopes.dim() == 2 and where.member_of_row is not None:
+        members = torch.arange(problem.batch, device=problem.device)[:, None] == where.member_of_row.flatten()
+        by_row = members.to(by_row.dtype) @ by_row[0, :, :, 0].t()
+    return by_row.reshape(slopes.shape).to(slopes.dtype)
+
+
+def _load_keys(k: Tensor, v: Tensor, problem: Problem, cols: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A tile of keys and values in the accumulate dtype; where pairs may be hidden, finite, and which keys were not."""
+    k, v = (tensor[:, :, cols].to(problem.accumulate_dtype) for tensor in (k, v))
+    if not problem.hides:
+        return k, v, None
+    k, v, broken = _finite_keys(k, v)
+    return k, v, broken.repeat_interleave(problem.group, dim=1)[:, :, None, :]
+
+
+def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # 0 * nan is nan: a hidden key that is not finite must not enter a product, not even with weight 0.
+    broken = ~(torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1))
+    return k.masked_fill(broken[..., None], 0.0), v.masked_fill(broken[..., None], 0.0), broken
+
+
+def _hide(scores: Tensor, visible: Tensor | None, value: float) -> Tensor:
+    return scores if visible is None else scores.masked_fill(~visible, value)
+
+
+def _tiles(problem: Problem) -> Iterator[Tile]:
+    for rows in _blocks(problem.seqlen_q):
+        for cols in _key_blocks(problem, rows):
+            yield Tile(rows, cols)
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    for start in range(0, max(length, 1), BLOCK):
+        yield slice(start, min(start + BLOCK, length))
+
+
+def _key_blocks(problem: Problem, rows: slice) -> Iterator[slice]:
+    """The key blocks that some row may see, as far as the host knows: aligned to BLOCK, so that a row meets the same ones in any chunk."""
+    first, last = 0, problem.seqlen_k
+    offset = pairs.static_offset(problem)
+    if offset is not None and problem.window_left is not None:
+        first = max(first, rows.start + offset - problem.window_left)
+    if offset is not None and problem.window_right is not None:
+        last = min(last, rows.stop + offset + problem.window_right)
+    for start in range(first // BLOCK * BLOCK, last, BLOCK):
+        yield slice(start, min(start + BLOCK, problem.seqlen_k))
+
+
+def _as_4d(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 4 else tensor[None, None]
+
+
+def _undense(tensor: Tensor, problem: Problem) -> Tensor:
+    return tensor[0].transpose(0, 1) if problem.packed else tensor

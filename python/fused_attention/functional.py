@@ -1,0 +1,256 @@
+"""Attention as functions: softmax(scale * q k^T) v with every option in any combination, on the backend that suits the call.
+
+    pair (i, j) is visible iff  j < kv_lengths[b]  and  i + offset - left <= j <= i + offset + right  and  mask[b, h, i, j]
+
+Source: Vaswani et al., "Attention is all you need", 2017; the fused form: Dao et al., "FlashAttention", 2022.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autocast, dropout, ops, reference
+from .backend import REFERENCE, Explanation, choose, explanation
+from .problem import AttentionOutput
+from .validation import check
+
+NO_RECTANGLE = (
+    "{name} does not apply to packed sequences, whose pairs fill no (seqlen_q, seqlen_k) rectangle: "
+    "use causal, window, offset, kv_lengths or alibi_slopes"
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v, fused: memory O(seqlen), differentiable in q, k, v, bias, alibi_slopes and sinks.
+
+    A query that sees no key gives 0. Nothing is copied or modified, and the host waits for nothing.
+
+    Args:
+        q: (batch, heads, seqlen_q, head_dim), float16, bfloat16, float32 or float64, any strides. A jagged nested tensor
+            (batch, heads, jagged, head_dim) is served as packed sequences and comes back jagged.
+        k: (batch, kv_heads, seqlen_k, head_dim); heads is a multiple of kv_heads, query head h reads key head h // (heads // kv_heads).
+        v: (batch, kv_heads, seqlen_k, head_dim_v).
+        causal: a query sees no key after its own position; the same as window right 0.
+        window: (left, right), how many keys before and after its own position a query sees; None is unbounded.
+        offset: query i stands at key i + offset. An int, or an int tensor (batch,). Default: the last query at the last key.
+            0 aligns the first query with the first key, as PyTorch's is_causal does.
+        mask: bool, True = may attend; (seqlen_q, seqlen_k), or 4-D with each size 1 or full.
+        bias: floating, added to the scores; shapes as mask. -inf hides a pair.
+        kv_lengths: int32 or int64, (batch,): how many keys are real; or (batch, 2): [start, end).
+        alibi_slopes: (heads,) or (batch, heads); adds -slope * |i + offset - j| (Press et al., 2022).
+        softcap: c > 0 replaces scores x by c * tanh(x / c) before ALiBi and bias (Gemma 2).
+        sinks: (heads,), one more logit a head that has no value: probability that goes nowhere (Xiao et al., 2024).
+        dropout_p: probability of dropping a weight; kept ones are divided by 1 - dropout_p.
+        dropout_seed: int64 (2,) = (seed, offset) of the Philox generator on q's device; drawn from its default generator if None.
+        scale: finite, 0 and negative included; default head_dim ** -0.5.
+        backend: a name from `backends()`; None chooses (see `explain`).
+
+    Returns:
+        (batch, heads, seqlen_q, head_dim_v) in q's dtype, with the strides of torch.empty_like(q).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the sentence names it, what it got and what was expected.
+        NotImplementedError: the demanded backend can't compute this call; the sentence says why.
+    """
+    options = _options(locals())
+    if isinstance(q, Tensor) and q.is_nested:
+        return _attention_nested(q, k, v, options, backend)
+    return _attend(q, k, v, options, backend).out
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> AttentionOutput:
+    """`attention`, and the log-sum-exp of each row's scores: (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64).
+
+    Sinks are included; a row that sees nothing has -inf. Both results are differentiable.
+    """
+    return _attend(q, k, v, _options(locals()), backend)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    **rejected: Any,
+) -> Tensor:
+    """`attention` over sequences packed one after the other, each seeing itself alone.
+
+    Args:
+        q: (total_q, heads, head_dim); k: (total_k, kv_heads, head_dim); v: (total_k, kv_heads, head_dim_v).
+        cu_seqlens_q: int32 or int64 (batch + 1,): member b has rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]; members may be empty,
+            rows past the last give 0. Their values are never read by the host.
+        cu_seqlens_k: the same for keys; default cu_seqlens_q.
+        The other options are those of `attention`; offset and kv_lengths count inside each member.
+
+    Returns:
+        (total_q, heads, head_dim_v).
+    """
+    _reject(rejected)
+    return _attend(q, k, v, _options(locals()), backend).out
+
+
+def attention_varlen_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    **rejected: Any,
+) -> AttentionOutput:
+    """`attention_varlen`, and lse (heads, total_q)."""
+    _reject(rejected)
+    return _attend(q, k, v, _options(locals()), backend)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    average_heads: bool = False,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The probabilities that `attention` used, recomputed from its lse and the same options: exp(scores - lse), after dropout.
+
+    Args:
+        lse: (batch, heads, seqlen_q), from `attention_with_lse`.
+        average_heads: the mean over heads instead of one matrix a head.
+        dropout_seed: required with dropout_p > 0, the one the forward used.
+
+    Returns:
+        (batch, heads, seqlen_q, seqlen_k), or (batch, seqlen_q, seqlen_k), in q's dtype; differentiable in q, k, lse and the options.
+        Rows of a query that sees nothing are 0; with sinks, rows sum to less than 1.
+    """
+    options = _options(locals())
+    q, k = autocast.cast(q, k)
+    problem = check(q, k, k, **options)
+    if tuple(lse.shape) != tuple(q.shape[:3]):
+        raise ValueError(f"lse has shape {tuple(lse.shape)}, expected (batch, heads, seqlen_q) = {tuple(q.shape[:3])}")
+    if problem.dropout_p > 0 and dropout_seed is None:
+        raise ValueError(f"dropout_p is {dropout_p}, dropout_seed is None: pass the forward's seed, else other weights are dropped")
+    with autocast.off(q.device):
+        weights = reference.attention_weights(q, k, lse, problem, average_heads)
+    return weights.to(problem.dtype)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **options: Any) -> Explanation:
+    """Which backend `attention(q, k, v, **options)` would take, and why not the others; nothing is run.
+
+    Accepts every option of `attention`, and cu_seqlens_q, cu_seqlens_k of `attention_varlen`.
+    """
+    q, k, v = autocast.cast(q, k, v)
+    return explanation(check(q, k, v, **options), backend)
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options among a public function's arguments that were given."""
+    return {name: value for name, value in arguments.items() if name not in _OPERANDS and value is not None}
+
+
+_OPERANDS = ("q", "k", "v", "lse", "average_heads", "backend", "rejected")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> AttentionOutput:
+    q, k, v = autocast.cast(q, k, v)
+    problem = check(q, k, v, **options)
+    if problem.dropout_p > 0 and problem.dropout_seed is None:
+        problem = problem._replace(dropout_seed=dropout.new_seed(q.device))
+    name = choose(problem, backend)
+    if name != REFERENCE:
+        return ops.run(q, k, v, problem, name)
+    with autocast.off(q.device):
+        return reference.attention(q, k, v, problem)
+
+
+def _reject(arguments: dict[str, Any]) -> None:
+    for name in arguments:
+        if name in ("mask", "bias"):
+            raise TypeError(NO_RECTANGLE.format(name=name))
+        raise TypeError(f"unexpected keyword argument {name!r}")
+
+
+def _attention_nested(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> Tensor:
+    """Jagged (batch, heads, jagged, head_dim) through the packed form and back."""
+    _reject({name: value for name, value in options.items() if name in ("mask", "bias")})
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not (isinstance(tensor, Tensor) and tensor.is_nested and tensor.layout is torch.jagged and tensor.dim() == 4):
+            raise TypeError(f"{name} is not a jagged nested tensor (batch, heads, jagged, head_dim), q is: pass all three as such")
+    packed = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    cu_seqlens = {"cu_seqlens_q": packed[0].offsets(), "cu_seqlens_k": packed[1].offsets()}
+    out = _attend(*(tensor.values() for tensor in packed), {**options, **cu_seqlens}, backend).out
+    return torch.nested.nested_tensor_from_jagged(out, packed[0].offsets()).transpose(1, 2)
