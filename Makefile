@@ -1,0 +1,56 @@
+# Each target prepares .venv by itself; it needs python3 with venv, and g++ for the C++ extension.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+PYTHON_SOURCES := python benchmarks tests build_tools setup.py
+
+# Here an extension that does not compile is a failure; auto, pip's default, installs without it.
+export FUSED_ATTENTION_CPU ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install bench test lint format wheel clean
+
+help:
+	@echo 'make bench    check and time attention on this machine'
+	@echo 'make test     the whole test suite'
+	@echo 'make lint     ruff, mypy, clang-format'
+	@echo 'make format   let ruff and clang-format rewrite the sources'
+	@echo 'make wheel    dist/*.tar.gz, and dist/*.whl built from it'
+	@echo 'make clean    remove what builds and tests left behind'
+
+install: $(INSTALLED)
+
+bench: $(INSTALLED)
+	$(BIN)/fused-attention bench
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks python/*.egg-info
+	rm -f python/fused_attention/_*.so python/fused_attention/_build_info.py $(INSTALLED)
+	find $(PYTHON_SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An editable install compiles once, so what goes into the extension goes into the stamp.
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard build_tools/*.py) $(CXX_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench,test,dev]'
+	@$(BIN)/fused-attention info
+	@touch $@
