@@ -1,0 +1,22 @@
+// Visibility on vectors: lane i of a block of queries sees the keys [lo[i], hi[i]) of a tile.
+
+template <int N>
+struct LaneMask {
+  IntVec lo[N], hi[N];  // counted from the tile's first key
+
+  // `query` counts from first_query, lane by lane.
+  INLINE LaneMask(const Visibility& rows, int64_t first_query, const IntVec (&query)[N], int64_t first_key) {
+    constexpr int64_t kBeyond = 1 << 24;  // past any tile, and far from the limits of int32
+    const auto relative = [&](int64_t key) { return int32_t(clamp(key - first_key, -kBeyond, kBeyond)); };
+    const IntVec start = broadcast(relative(rows.start)), end = broadcast(relative(rows.end));
+    const IntVec first = broadcast(relative(first_query + rows.first));
+    const IntVec last = broadcast(relative(first_query + rows.last));
+    for (int n = 0; n < N; ++n) {
+      const IntVec from = query[n] + first, to = query[n] + last + 1;
+      lo[n] = from > start ? from : start;
+      hi[n] = to < end ? to : end;
+    }
+  }
+
+  INLINE IntVec sees(int32_t key, int n) const { return (lo[n] <= key) & (hi[n] > key); }
+};

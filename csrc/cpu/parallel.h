@@ -1,0 +1,72 @@
+// Threads and scratch memory: loops over independent tasks on OpenMP's pool, which is PyTorch's own, and one arena a thread.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+// Calls task(i) for i in [0, count), in order where there is one thread. Rethrows what a task throws.
+template <class Task>
+void parallel_for(int64_t count, int threads, const Task& task) {
+#if defined(_OPENMP)
+  if (threads > 1 && count > 1 && !omp_in_parallel()) {
+    std::exception_ptr failure;
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, count))) schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i) {
+      try {
+        task(i);
+      } catch (...) {
+#pragma omp critical
+        failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+// A thread's scratch memory, kept from call to call. It stays uninitialised.
+class Arena {
+ public:
+  static constexpr size_t kKept = size_t{8} << 20;  // bytes; what a long sequence needs beyond goes back after the call
+
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(data_); }
+
+  float* floats(size_t count) {
+    const size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<float*>(data_);
+  }
+
+  void trim() {
+    if (size_ <= kKept) return;
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Whether an operation is too small to be worth waking other threads, which takes a few microseconds.
+inline bool is_small(double flops) { return flops < 2.5e6; }
