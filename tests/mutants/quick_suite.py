@@ -1,0 +1,174 @@
+"""A compact slice of the suite for many copies of the package: prints one JSON object, copy -> first failure, or null if all passed.
+
+    python quick_suite.py COPY...        each COPY is a folder that holds a package fused_attention
+
+Importing torch takes longer than the checks, so it is done once, and each copy runs in a fork of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.attention.bias  # with sympy behind it, the costly part of importing the package
+import torch.nn.functional
+import torch.utils.flop_counter
+
+CASES = (
+    "everything", "packed-everything", "base", "causal+gqa", "long-window", "far-offset", "no-visible-keys-sinks", "no-keys",
+    "offset-members", "window-both", "window-right", "kv-range", "kv-untrusted", "mask-bh1k", "bias-1h11", "bias-hides", "alibi-offset",
+    "alibi-batch", "softcap", "sinks", "dropout-gqa-causal", "dropout-all", "scale-negative", "mqa", "large-scores", "head_dim_v",
+    "packed-causal", "packed-dropout", "packed-alibi-members", "packed-unused-sinks", "gemma", "self-bfloat16", "everything-float64",
+)  # fmt: skip
+
+
+def check_cases() -> None:
+    from fused_attention import blockwise
+    from fused_attention.testing import CASES as ALL
+    from fused_attention.testing import check
+
+    blockwise.BLOCK = 8
+    named = {case.name: case for case in ALL}
+    for name in CASES:
+        inputs = named[name].make()
+        truth = inputs.truth()
+        for backend in ("torch", "reference"):
+            check(inputs.run(backend), truth)
+
+
+def check_gradients_of_out_alone() -> None:
+    from fused_attention.testing import CASES as ALL
+    from fused_attention.testing import check
+
+    for name in ("self", "mqa", "softcap", "head-dim-65"):
+        inputs = next(case for case in ALL if case.name == name).make().changed(dlse=None)
+        check(inputs.run("torch"), inputs.truth())
+
+
+def check_weights() -> None:
+    from fused_attention import attention_weights
+    from fused_attention.testing import CASES as ALL
+
+    inputs = next(case for case in ALL if case.name == "everything").make()
+    truth = inputs.truth(backward=False)
+    weights = attention_weights(inputs.q, inputs.k, truth.lse.float(), **inputs.options)
+    for member in range(truth.call.batch):
+        for index in range(truth.call.heads):
+            head = truth.call.head(member, index)
+            torch.testing.assert_close(weights[member, index].double(), head.weights * head.dropout, rtol=1e-4, atol=1e-6)
+
+
+def check_merge() -> None:
+    from fused_attention import merge_attention
+    from fused_attention.testing import Case
+
+    inputs = Case("merge", sinks=True).make(dtype=torch.float64)
+    sinks, parts = inputs.options["sinks"], []
+    for cut in (slice(0, 5), slice(5, 5), slice(5, 17)):
+        part = inputs.changed(k=inputs.k[:, :, cut], v=inputs.v[:, :, cut], options={"sinks": None}).truth(backward=False)
+        parts.append((part.out, part.lse))
+    merged = merge_attention(*zip(*parts, strict=True), sinks=sinks)
+    truth = inputs.truth(backward=False)
+    torch.testing.assert_close(merged.out, truth.out)
+    torch.testing.assert_close(merged.lse, truth.lse)
+
+
+def check_sdpa() -> None:
+    from fused_attention import scaled_dot_product_attention
+
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    visible = torch.rand(2, 1, 5, 9) < 0.7
+    for options in ({"is_causal": True}, {"attn_mask": torch.randn(5, 9)}, {"attn_mask": visible, "scale": 0.3}):
+        torch.testing.assert_close(
+            scaled_dot_product_attention(q, k, v, **options), torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        )
+
+
+def check_broken_keys() -> None:
+    from fused_attention import blockwise
+    from fused_attention.testing import Case, check
+
+    blockwise.BLOCK = 8
+    inputs = Case("hidden", kv_lengths=(9, 12)).make()
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[:, :, 14:], v[:, :, 14:] = torch.nan, torch.inf
+    for backend in ("torch", "reference"):
+        check(inputs.changed(k=k, v=v).run(backend), inputs.truth())
+
+
+CPU_CASES = (
+    "long", "long-causal", "long-window", "base", "causal+gqa", "window-both", "kv-range-window", "kv-untrusted", "first-rows-empty",
+    "far-offset", "offset-members", "head-dim-65", "head_dim_v", "no-visible-keys", "scale-zero", "scale", "many-heads", "layout-strided",
+)  # fmt: skip
+
+
+def check_cpu_kernels() -> None:
+    from fused_attention.testing import CASES as ALL
+    from fused_attention.testing import Case, check
+
+    cases = [case for case in ALL if case.name in CPU_CASES]
+    for inputs in [case.make() for case in cases]:
+        check(inputs.run("cpu"), inputs.truth())
+        alone = inputs.changed(dlse=None)
+        check(alone.run("cpu"), alone.truth())
+    hidden = Case("hidden", kv_lengths=(9, 12)).make()
+    k, v = hidden.k.clone(), hidden.v.clone()
+    k[:, :, 14:], v[:, :, 14:] = torch.nan, torch.inf
+    check(hidden.changed(k=k, v=v).run("cpu"), hidden.truth())
+    partly = Case("partly-hidden", causal=True, seqlen_q=19, seqlen_k=19).make()
+    v = partly.v.clone()
+    v[:, :, 12] = torch.nan
+    out = partly.changed(v=v).run("cpu", backward=False)["out"]
+    truth = partly.truth(backward=False)
+    out[:, :, 12:] = truth.out[:, :, 12:].float()
+    check(out, truth)
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    check_cases,
+    check_gradients_of_out_alone,
+    check_weights,
+    check_merge,
+    check_sdpa,
+    check_broken_keys,
+)
+
+
+def first_failure(copy: str) -> str | None:
+    sys.path.insert(0, copy)
+    try:
+        import fused_attention
+
+        if not str(fused_attention.__file__).startswith(copy):
+            return f"imported {fused_attention.__file__} instead of the copy"
+        # A copy with compiled kernels was made for their sake. (Another one may find those of an editable installation.)
+        for run in (check_cpu_kernels,) if list(Path(copy).glob("fused_attention/_cpu*")) else CHECKS:
+            run()
+    except Exception:  # noqa: BLE001  # any failure at all is what a fault is looked for by
+        return traceback.format_exc(limit=-1)
+    return None
+
+
+def in_fork(copy: str) -> str | None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(first_failure(copy), pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else "the process died"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({copy: in_fork(copy) for copy in sys.argv[1:]}))

@@ -1,0 +1,119 @@
+"""Faults planted in the C++ kernels: each is compiled in a copy, the table for every CPU alone, and must be noticed.
+
+A fault is a textual patch that must apply exactly once: when the code moves on, the fault has to be planted anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fused_attention
+
+PACKAGE = Path(fused_attention.__file__).parent
+SOURCES = Path(__file__).parents[2] / "csrc"
+SUITE = Path(__file__).parent / "quick_suite.py"
+COMPILER = shutil.which("g++")
+FLAGS = ("-O1", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
+DISPATCH = '#include "cpu/kernels.h"\nconst Kernels& kernels() { return kBaselineKernels; }\n'
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not SOURCES.is_dir(), reason="the C++ sources are in a source checkout only"),
+    pytest.mark.skipif(COMPILER is None, reason="g++ is not on PATH"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork, and a process for each fault would take minutes"),
+]
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str
+    new: str
+
+
+FAULTS: dict[str, Fault] = {
+    "last-visible-key-hidden": Fault("cpu/mask.inl", "(hi[n] > key)", "(hi[n] > key + 1)"),
+    "one-key-too-many": Fault("cpu/mask.inl", "(hi[n] > key)", "(hi[n] >= key)"),
+    "first-visible-key-hidden": Fault("cpu/mask.inl", "(lo[n] <= key)", "(lo[n] < key)"),
+    "top-left": Fault("mask.h", "end - p.seqlen_q", "0 * end"),
+    "row-sum-not-rescaled": Fault("cpu/forward.inl", "row_sum[n] * rescale[n] + tile_sum[n]", "row_sum[n] + tile_sum[n]"),
+    "acc-not-rescaled": Fault("cpu/forward.inl", "load(at) * rescale[n] + x", "load(at) + x"),
+    "empty-row-guard-removed": Fault("cpu/forward.inl", "highest == -kInfinity ? Vec{} : highest", "highest"),
+    "lse-in-base-2": Fault("cpu/forward.inl", "lse[n] = row_max[n] * kLn2 + (", "lse[n] = row_max[n] + ("),
+    "hidden-values-enter": Fault("cpu/forward.inl", "if (tile.guarded)", "if (false)"),
+    "wrong-head-of-a-group": Fault("cpu/forward.inl", "block.head / (p.heads / p.kv_heads)", "block.head % p.kv_heads"),
+    "delta-dropped": Fault("cpu/backward.inl", "* (x - delta[n])", "* x"),
+    "scale-omitted-in-dk": Fault("cpu/backward.inl", "dk, dk_row, p.scale, adds)", "dk, dk_row, 1.0f, adds)"),
+    "group-of-heads-not-summed": Fault("cpu/backward.inl", "before = adds ?", "before = false ?"),
+    "hidden-weights-in-backward": Fault(
+        "cpu/backward.inl", "const bool masked = !common.contains({j, j + height});", "const bool masked = false;"
+    ),
+    "last-key-block-skipped": Fault("cpu/forward.inl", "start_n < keys.hi;", "start_n + kBlockN < keys.hi + 1;"),
+}
+
+
+def compile_one(source: Path, folder: Path, includes: tuple[str, ...] = ()) -> Path:
+    target = folder / f"{source.stem}.o"
+    command = [str(COMPILER), *FLAGS, f"-I{folder}", *includes, "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target
+
+
+def build(fault: Fault | None, folder: Path, bindings: Path | None) -> Path:
+    """A copy of the package with kernels compiled from patched sources; returns the object of the bindings, which no fault changes."""
+    import pybind11
+
+    sources = folder / "csrc"
+    shutil.copytree(SOURCES, sources)
+    if fault is not None:
+        path = sources / fault.file
+        path.write_text(path.read_text().replace(fault.old, fault.new))
+    (sources / "one_table.cpp").write_text(DISPATCH)
+    if bindings is None:
+        includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
+        bindings = compile_one(sources / "cpu" / "bindings.cpp", sources, includes)
+    objects = [bindings, compile_one(sources / "cpu" / "baseline.cpp", sources), compile_one(sources / "one_table.cpp", sources)]
+    package = folder / "fused_attention"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.pyd"))
+    target = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([str(COMPILER), "-shared", "-fopenmp", *map(str, objects), "-o", str(target)], check=True, capture_output=True)
+    return bindings
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[str, str | None]:
+    """The first failure of every copy, by the name of its fault; "none" is the package as it is."""
+    root = tmp_path_factory.mktemp("cpu-mutants").resolve()
+    bindings = None
+    for name, fault in {"none": None, **FAULTS}.items():
+        bindings = build(fault, root / name, bindings)
+    copies = [str(root / name) for name in ("none", *FAULTS)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, str(SUITE), *copies], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return {Path(copy).name: verdict for copy, verdict in json.loads(result.stdout).items()}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_kernels_is_planted_exactly_once(name):
+    fault = FAULTS[name]
+    assert (SOURCES / fault.file).read_text().count(fault.old) == 1, f"{fault.file} no longer holds exactly once: {fault.old}"
+
+
+def test_the_kernels_themselves_pass(verdicts):
+    assert verdicts["none"] is None, verdicts["none"]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_kernels_is_noticed(name, verdicts):
+    verdict = verdicts[name]
+    assert verdict is not None, f"nothing noticed {FAULTS[name]}"
+    assert "bounds" in verdict or "AssertionError" in verdict, f"the fault is not one of arithmetic: {verdict}"
