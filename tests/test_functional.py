@@ -1,5 +1,7 @@
 """The public functions beside `attention`: weights, merging, PyTorch's signature, packed and nested input, autocast, explain."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,7 +86,7 @@ class TestMerge:
     def parts(self, bounds, **options):
         q, k, v = operands(seqlen_k=11)
         return (q, k, v), [
-            attention_with_lse(q, k[:, :, a:b], v[:, :, a:b], backend="torch", **options) for a, b in zip(bounds, bounds[1:], strict=False)
+            attention_with_lse(q, k[:, :, a:b], v[:, :, a:b], backend="torch", **options) for a, b in itertools.pairwise(bounds)
         ]
 
     @pytest.mark.parametrize("bounds", [(0, 11), (0, 4, 11), (0, 0, 4, 4, 9, 11), (0, 1, 2, 3, 11)])
@@ -148,7 +150,7 @@ class TestScaledDotProductAttention:
     @pytest.mark.parametrize("name", SDPA_CALLS)
     @pytest.mark.parametrize("lead", [(2, 4), (4,), (3, 2, 4)])
     def test_equals_pytorch(self, name, lead):
-        if name in ("float mask",) and len(lead) == 1:
+        if name == "float mask" and len(lead) == 1:
             pytest.skip("a 4-D mask does not broadcast to 3-D operands")
         draw = torch.Generator().manual_seed(7)
         q, k, v = (torch.randn(*lead, *tail, generator=draw).requires_grad_() for tail in ((5, 8), (7, 8), (7, 6)))
@@ -179,7 +181,9 @@ class TestScaledDotProductAttention:
     def test_causal_bias_objects(self, variant):
         q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8)
         bias = variant(5, 7)
-        torch.testing.assert_close(scaled_dot_product_attention(q, k, k, attn_mask=bias), F.scaled_dot_product_attention(q, k, k, attn_mask=bias))
+        torch.testing.assert_close(
+            scaled_dot_product_attention(q, k, k, attn_mask=bias), F.scaled_dot_product_attention(q, k, k, attn_mask=bias)
+        )
 
     @pytest.mark.parametrize(
         ("call", "message"),
@@ -224,7 +228,9 @@ class TestPacked:
         return q, k, v, cu_q, cu_k
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
-    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (1, 1), "softcap": 2.0}, {"dropout_p": 0.4, "dropout_seed": SEED}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"causal": True}, {"window": (1, 1), "softcap": 2.0}, {"dropout_p": 0.4, "dropout_seed": SEED}]
+    )
     def test_each_member_is_attention_alone(self, backend, options):
         q, k, v, cu_q, cu_k = self.packed()
         out, lse = attention_varlen_with_lse(q, k, v, cu_q, cu_k, backend=backend, **options)
@@ -324,7 +330,9 @@ class TestChoice:
     @pytest.mark.parametrize("backend", ["triton", "cuda"])
     def test_a_demanded_backend_raises_its_reason(self, backend):
         q, k, v = operands(dtype=torch.float32)
-        with pytest.raises(NotImplementedError, match=f"backend='{backend}' can't run this call: .*{fused_attention.backends()[backend][:30]}"):
+        with pytest.raises(
+            NotImplementedError, match=f"backend='{backend}' can't run this call: .*{fused_attention.backends()[backend][:30]}"
+        ):
             attention(q, k, v, backend=backend)
 
     def test_an_unknown_backend_lists_the_known_ones(self):

@@ -36,8 +36,8 @@ PATHS = {
         slopes, sinks = (torch.rand(2, requires_grad=True) for _ in range(2))
         bias = torch.randn(1, 2, length, 1, requires_grad=True)
         mask = torch.rand(1, 1, 1, length) > 0.1
-        options = dict(causal=True, window=(length // 2, None), softcap=3.0, dropout_p=0.1, alibi_slopes=slopes, sinks=sinks, bias=bias, mask=mask)
-        attention(*operands(length), backend='torch', **options).sum().backward()
+        options = dict(causal=True, window=(length // 2, None), softcap=3.0, dropout_p=0.1, alibi_slopes=slopes, sinks=sinks)
+        attention(*operands(length), backend='torch', bias=bias, mask=mask, **options).sum().backward()
     """,
     "torch, second derivative": """
         q, k, v = operands(length)

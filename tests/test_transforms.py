@@ -91,7 +91,9 @@ def test_packed_derivatives(tile_size):
 
 def both(transform):
     """A transform of a scalar function of attention, on the torch backend and on the reference."""
-    return tuple(transform(lambda *args, name=name: attention(*args, causal=True, backend=name).square().sum()) for name in ("torch", "reference"))
+    return tuple(
+        transform(lambda *args, name=name: attention(*args, causal=True, backend=name).square().sum()) for name in ("torch", "reference")
+    )
 
 
 def detached(*tensors):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .cpu_backend import CpuBackend
@@ -18,7 +19,8 @@ from .torch_backend import TorchBackend
 class KernelBackend(Protocol):
     """An implementation behind the registered operators."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def unavailable(self) -> str | None:
         """Why this machine can't run it (build, driver, device), or None."""
@@ -66,13 +68,10 @@ class Planned:
 REFERENCE = "reference"  # no kernel: plain PyTorch that autograd differentiates by itself
 
 KERNELS: dict[str, KernelBackend] = {
-    backend.name: backend
-    for backend in (
-        Planned("triton", "the Triton kernels are not part of this version of fused-attention"),
-        Planned("cuda", "the CUDA kernels are not part of this version of fused-attention"),
-        CpuBackend(),
-        TorchBackend(),
-    )
+    "triton": Planned("triton", "the Triton kernels are not part of this version of fused-attention"),
+    "cuda": Planned("cuda", "the CUDA kernels are not part of this version of fused-attention"),
+    "cpu": CpuBackend(),
+    "torch": TorchBackend(),
 }
 
 ORDER = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}  # of the automatic choice, by device type
@@ -88,8 +87,12 @@ def unable(name: str, problem: Problem) -> str | None:
     """Why a backend can't compute the problem on this machine, or None."""
     if name == REFERENCE:
         return None
-    kernel = KERNELS[name]
-    return kernel.unavailable() or kernel.unsupported(problem)
+    return _unavailable(name) or KERNELS[name].unsupported(problem)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler can't trace into compiled modules
+def _unavailable(name: str) -> str | None:
+    return KERNELS[name].unavailable()
 
 
 def choose(problem: Problem, requested: str | None) -> str:

@@ -9,7 +9,7 @@ O(n^2) memory", 2021; Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,12 +41,16 @@ def _forward_rows(q: Tensor, k: Tensor, v: Tensor, problem: Problem, where: Geom
     for cols in _key_blocks(problem, rows):
         tile = Tile(rows, cols)
         visible = pairs.visible(problem, where, tile)
-        k_tile, v_tile, broken = _load_keys(k, v, problem, cols)
+        k_tile, v_tile = (tensor[:, :, cols].to(q.dtype) for tensor in (k, v))
+        if visible is not None:
+            k_tile, k_broken = pairs.finite_rows(k_tile, problem.group)
+            v_tile, v_broken = pairs.finite_rows(v_tile, problem.group)
+            poisoned = poisoned | (visible & v_broken).any(-1)
         s = pairs.cap(pairs.query_key(q, k_tile) * problem.scale, problem.softcap)
         shifts = (None if x is None else pairs.part(x, tile) for x in (slopes, problem.bias))
-        s = _hide(pairs.shift(s, pairs.distance(problem, where, tile), *shifts), visible, NEG_INF)
-        if visible is not None and broken is not None:
-            poisoned = poisoned | (visible & broken).any(-1)
+        s = pairs.shift(s, pairs.distance(problem, where, tile), *shifts)
+        if visible is not None:
+            s = s.masked_fill(k_broken, torch.nan).masked_fill(~visible, NEG_INF)
         new_max = torch.maximum(row_max, s.detach().amax(-1))
         pivot = _finite_pivot(new_max)
         p = torch.exp(s - pivot[..., None])
@@ -72,7 +76,7 @@ def _finish(row_max: Tensor, row_sum: Tensor, acc: Tensor, poisoned: Tensor) -> 
     total = torch.where(empty, 1.0, row_sum)
     out = acc / total[..., None]
     lse = torch.where(empty, NEG_INF, _finite_pivot(row_max) + torch.log(total))
-    return AttentionOutput(out.masked_fill(poisoned[..., None], torch.nan), lse.masked_fill(poisoned, torch.nan))
+    return AttentionOutput(out.masked_fill(poisoned[..., None], torch.nan), lse)
 
 
 def _finite_pivot(row_max: Tensor) -> Tensor:
@@ -84,11 +88,14 @@ def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     """All gradients of a forward whose out and lse are given; those of bias and slopes are reduced in a fixed order."""
     where = pairs.locate(problem)
     operands = Operands.of(dout, dlse, q, k, v, out, lse, problem, where)
-    total = operands.zeros()
+    total = TileGradients(*(None if x is None else torch.zeros_like(x) for x in operands.differentiated()))
     for tile in _tiles(problem):
-        total.add(_tile_gradients(operands.cut(tile), problem, where, tile), tile)
+        _accumulate(total.cut(tile), _tile_gradients(operands.cut(tile), problem, where, tile))
+    dq, dk, dv = (_undense(x, problem).to(problem.dtype) for x in total[:3] if x is not None)
     return Gradients(
-        *(_undense(tensor, problem).to(problem.dtype) for tensor in (total.q, total.k, total.v)),
+        q=dq,
+        k=dk,
+        v=dv,
         bias=None if problem.bias is None or total.bias is None else total.bias.reshape(problem.bias.shape).to(problem.bias.dtype),
         alibi_slopes=_sum_slopes(total.slopes, problem, where),
         sinks=None if problem.sinks is None else _sink_gradient(problem.sinks, operands.lse, operands.delta),
@@ -105,55 +112,71 @@ def double_backward(
     where = pairs.locate(problem)
     given = (dout, dlse, q, k, v, out, lse, problem.bias, problem.alibi_slopes, problem.sinks)
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+        leaves = tuple(None if x is None else x.detach().requires_grad_() for x in given)
         problem = problem._replace(bias=leaves[7], alibi_slopes=leaves[8], sinks=leaves[9])
-        operands = Operands.of(*leaves[:7], problem, where)  # type: ignore[arg-type]  # None stays None
-        results = {} if problem.sinks is None else {"sinks": _sink_gradient(problem.sinks, operands.lse, operands.delta)}
+        operands = Operands.of(*leaves[:7], problem, where)  # type: ignore[arg-type, call-arg]  # dlse alone may be None
+        dsinks = None if problem.sinks is None else _sink_gradient(problem.sinks, operands.lse, operands.delta)
     weights = _dense_cotangents(cotangents, problem, where)
-    total = operands.zeros()
+    total = [None if x is None else torch.zeros_like(x) for x in operands]
     for tile in _tiles(problem):
-        total.add(_pull_back(weights.cut(tile), operands.cut(tile), problem, where, tile), tile)
-    chain = [(x, dx) for x, dx in zip(operands, total, strict=True) if x is not None]
-    chain += [(x, getattr(cotangents, name)) for name, x in results.items() if getattr(cotangents, name) is not None]
-    return tuple(_gradients_of(chain, leaves))
+        cut = Operands(*total).cut(tile)  # type: ignore[arg-type]  # bias and slopes alone may be None
+        _accumulate(cut, _pull_back(weights.cut(tile), operands.cut(tile), problem, where, tile))
+    return _gradients_of((*operands, dsinks), (*total, cotangents.sinks), leaves)
 
 
-def _pull_back(weights: Operands, operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> Operands:
+def _pull_back(weights: TileGradients, operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> tuple[Tensor | None, ...]:
     """The gradient of sum(weights * _tile_gradients(operands)) for each operand."""
     with torch.enable_grad():
-        leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in operands))
-        gradients = _tile_gradients(leaves, problem, where, tile)
-        chain = [(x, w) for x, w in zip(gradients, weights, strict=True) if x is not None and w is not None]
-    return Operands(*_gradients_of(chain, leaves))
+        leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in operands))  # type: ignore[arg-type]
+        return _gradients_of(_tile_gradients(leaves, problem, where, tile), weights, leaves)
 
 
-def _gradients_of(chain: list[tuple[Tensor, Tensor]], leaves: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
-    """The gradient of sum(weight * output) over the chain, one for each leaf; None for none."""
-    if not chain:
-        return (None for _ in leaves)
-    outputs, weights = zip(*chain, strict=True)
-    leaves = tuple(leaves)
-    found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], weights, allow_unused=True))
-    return (None if x is None else next(found) for x in leaves)
+def _gradients_of(
+    outputs: Sequence[Tensor | None], weights: Sequence[Tensor | None], leaves: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of sum(weights * outputs) for each leaf, None for None; what has no weight does not count."""
+    counted = [(x, weight) for x, weight in zip(outputs, weights, strict=True) if x is not None and weight is not None]
+    if not counted:
+        return (None,) * len(leaves)
+    found = iter(
+        torch.autograd.grad(
+            [x for x, _ in counted], [x for x in leaves if x is not None], [weight for _, weight in counted], allow_unused=True
+        )
+    )
+    return tuple(None if x is None else next(found) for x in leaves)
 
 
-def _dense_cotangents(cotangents: Gradients, problem: Problem, where: Geometry) -> Operands:
+def _dense_cotangents(cotangents: Gradients, problem: Problem, where: Geometry) -> TileGradients:
     dtype = problem.accumulate_dtype
     dq, dk, dv = (None if x is None else pairs.dense(x, problem).to(dtype) for x in cotangents[:3])
     bias = None if cotangents.bias is None else _as_4d(cotangents.bias).to(dtype)
     slopes = None if cotangents.alibi_slopes is None else pairs.slopes_by_row(cotangents.alibi_slopes.to(dtype), problem, where)
-    return Operands(dout=None, delta=None, q=dq, k=dk, v=dv, lse=None, bias=bias, slopes=slopes)
+    return TileGradients(dq, dk, dv, bias, slopes)
 
 
-class Operands(NamedTuple):
-    """What a backward computes from, dense and in the accumulate dtype; or one number beside each of these; or a tile of either."""
+class TileGradients(NamedTuple):
+    """Gradients, or weights for them, in the layout of the operands; or a tile of these."""
 
-    dout: Tensor | None
-    delta: Tensor | None
     q: Tensor | None
     k: Tensor | None
     v: Tensor | None
-    lse: Tensor | None
+    bias: Tensor | None
+    slopes: Tensor | None
+
+    def cut(self, tile: Tile) -> TileGradients:
+        q, k, v, bias, slopes = self
+        return TileGradients(_at(q, tile.rows), _at(k, tile.cols), _at(v, tile.cols), _at(bias, tile), _at(slopes, tile))
+
+
+class Operands(NamedTuple):
+    """What a backward computes from, dense and in the accumulate dtype; or a tile of it."""
+
+    dout: Tensor
+    delta: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
     bias: Tensor | None
     slopes: Tensor | None
 
@@ -163,7 +186,8 @@ class Operands(NamedTuple):
     ) -> Operands:
         dtype = problem.accumulate_dtype
         q, k, v, dout, out = (pairs.dense(tensor, problem).to(dtype) for tensor in (q, k, v, dout, out))
-        lse, dlse = (tensor[None] if tensor is not None and problem.packed else tensor for tensor in (lse, dlse))
+        if problem.packed:
+            lse, dlse = lse[None], None if dlse is None else dlse[None]
         live = (lse != NEG_INF)[..., None]
         dout, q = torch.where(live, dout, 0.0), torch.where(live, q, 0.0)  # of a row that sees nothing not even a nan counts
         delta = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse
@@ -171,27 +195,42 @@ class Operands(NamedTuple):
         slopes = None if problem.alibi_slopes is None else pairs.slopes_by_row(problem.alibi_slopes.to(dtype), problem, where)
         return cls(dout, delta, q, k, v, lse, bias, slopes)
 
-    def zeros(self) -> Operands:
-        return Operands(*(None if tensor is None else torch.zeros_like(tensor) for tensor in self))
+    def differentiated(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.bias, self.slopes
 
     def cut(self, tile: Tile) -> Operands:
-        """Views of the tile's share."""
-        rows, cols = ((lambda x, part=part: None if x is None else x[:, :, part]) for part in tile)
-        both = (None if x is None else pairs.part(x, tile) for x in (self.bias, self.slopes))
-        return Operands(rows(self.dout), rows(self.delta), rows(self.q), cols(self.k), cols(self.v), rows(self.lse), *both)
+        rows, cols = tile
+        return Operands(
+            dout=self.dout[:, :, rows],
+            delta=self.delta[:, :, rows],
+            q=self.q[:, :, rows],
+            k=self.k[:, :, cols],
+            v=self.v[:, :, cols],
+            lse=self.lse[:, :, rows],
+            bias=_at(self.bias, tile),
+            slopes=_at(self.slopes, tile),
+        )
 
-    def add(self, share: Operands, tile: Tile) -> None:
-        for total, part in zip(self.cut(tile), share, strict=True):
-            if total is not None and part is not None:
-                total += part
+
+def _at(tensor: Tensor | None, place: Tile | slice) -> Tensor | None:
+    """A view of some rows or columns (of dimension 2), or of a tile of pairs."""
+    if tensor is None:
+        return None
+    return tensor[:, :, place] if isinstance(place, slice) else pairs.part(tensor, place)
 
 
-def _tile_gradients(operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> Operands:
+def _accumulate(totals: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
+    for total, share in zip(totals, shares, strict=True):
+        if total is not None and share is not None:
+            total += share
+
+
+def _tile_gradients(operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> TileGradients:
     """What one tile adds to the gradients of q, k, v, bias and slopes; differentiable, for the second derivative."""
     dout, delta, q, k, v, lse, bias, slopes = operands
     visible = pairs.visible(problem, where, tile)
     if visible is not None:
-        k, v, _ = _finite_keys(k, v)
+        k, v = (pairs.finite_rows(tensor, problem.group)[0] for tensor in (k, v))
     distance = pairs.distance(problem, where, tile)
     capped = pairs.cap(pairs.query_key(q, k) * problem.scale, problem.softcap)
     s = _hide(pairs.shift(capped, distance, slopes, bias), visible, NEG_INF)
@@ -200,13 +239,10 @@ def _tile_gradients(operands: Operands, problem: Problem, where: Geometry, tile:
     dp = pairs.query_key(dout, v)
     ds = _hide(p * ((dp if factor is None else dp * factor) - delta[..., None]), visible, 0.0)
     dscores = ds if problem.softcap is None else ds * (1 - (capped / problem.softcap) ** 2)
-    return Operands(
-        dout=None,
-        delta=None,
+    return TileGradients(
         q=pairs.weights_value(dscores, k) * problem.scale,
         k=pairs.sum_over_queries(dscores, q, problem.kv_heads) * problem.scale,
         v=pairs.sum_over_queries(p if factor is None else p * factor, dout, problem.kv_heads),
-        lse=None,
         bias=None if bias is None else ds.sum_to_size(bias.shape),
         slopes=None if slopes is None or distance is None else (-ds * distance).sum_to_size(slopes.shape),
     )
@@ -227,21 +263,6 @@ def _sum_slopes(by_row: Tensor | None, problem: Problem, where: Geometry) -> Ten
         members = torch.arange(problem.batch, device=problem.device)[:, None] == where.member_of_row.flatten()
         by_row = members.to(by_row.dtype) @ by_row[0, :, :, 0].t()
     return by_row.reshape(slopes.shape).to(slopes.dtype)
-
-
-def _load_keys(k: Tensor, v: Tensor, problem: Problem, cols: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A tile of keys and values in the accumulate dtype; where pairs may be hidden, finite, and which keys were not."""
-    k, v = (tensor[:, :, cols].to(problem.accumulate_dtype) for tensor in (k, v))
-    if not problem.hides:
-        return k, v, None
-    k, v, broken = _finite_keys(k, v)
-    return k, v, broken.repeat_interleave(problem.group, dim=1)[:, :, None, :]
-
-
-def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # 0 * nan is nan: a hidden key that is not finite must not enter a product, not even with weight 0.
-    broken = ~(torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1))
-    return k.masked_fill(broken[..., None], 0.0), v.masked_fill(broken[..., None], 0.0), broken
 
 
 def _hide(scores: Tensor, visible: Tensor | None, value: float) -> Tensor:

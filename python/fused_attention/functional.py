@@ -138,7 +138,7 @@ def attention_varlen(
         (total_q, heads, head_dim_v).
     """
     _reject(rejected)
-    return _attend(q, k, v, _options(locals()), backend).out
+    return _attend(q, k, v, _options(locals()) | {"packed": True}, backend).out
 
 
 def attention_varlen_with_lse(
@@ -163,7 +163,7 @@ def attention_varlen_with_lse(
 ) -> AttentionOutput:
     """`attention_varlen`, and lse (heads, total_q)."""
     _reject(rejected)
-    return _attend(q, k, v, _options(locals()), backend)
+    return _attend(q, k, v, _options(locals()) | {"packed": True}, backend)
 
 
 def attention_weights(
@@ -250,7 +250,8 @@ def _attention_nested(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], 
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not (isinstance(tensor, Tensor) and tensor.is_nested and tensor.layout is torch.jagged and tensor.dim() == 4):
             raise TypeError(f"{name} is not a jagged nested tensor (batch, heads, jagged, head_dim), q is: pass all three as such")
-    packed = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-    cu_seqlens = {"cu_seqlens_q": packed[0].offsets(), "cu_seqlens_k": packed[1].offsets()}
-    out = _attend(*(tensor.values() for tensor in packed), {**options, **cu_seqlens}, backend).out
-    return torch.nested.nested_tensor_from_jagged(out, packed[0].offsets()).transpose(1, 2)
+    packed: list[Any] = [tensor.transpose(1, 2) for tensor in (q, k, v)]  # offsets() and values() are a jagged tensor's own
+    offsets_q, offsets_k = packed[0].offsets(), packed[1].offsets()
+    rows_q, rows_k, rows_v = (tensor.values() for tensor in packed)
+    out = _attend(rows_q, rows_k, rows_v, options | {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}, backend).out
+    return torch.nested.nested_tensor_from_jagged(out, offsets_q).transpose(1, 2)

@@ -46,7 +46,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> Atte
     if forward_ad._current_level >= 0 or _levels("Jvp") or _levels("Grad") > 1:
         return blockwise.forward(q, k, v, problem)
     if torch._C._are_functorch_transforms_active():
-        return AttentionOutput(*TransformedAttention.apply(*arguments))
+        return AttentionOutput(*TransformedAttention.apply(*arguments))  # type: ignore[no-untyped-call]
     return AttentionOutput(*forward_op(*arguments))
 
 
@@ -80,7 +80,7 @@ def _options(problem: Problem) -> Arguments:
     )
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, options: Arguments, needed: tuple[bool, ...] = (False,) * 6) -> Problem:
+def _problem(q: Tensor, k: Tensor, v: Tensor, options: Arguments, gradients: frozenset[str] = frozenset()) -> Problem:
     """The inverse of _options, for the side behind the operator."""
     bias, slopes, sinks, mask, kv_lengths, offsets, seed, cu_q, cu_k, offset, left, right, scale, softcap, dropout_p = options
     return Problem(
@@ -103,7 +103,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, options: Arguments, needed: tuple[
         dropout_seed=seed,
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
-        gradients=frozenset(name for name, need in zip(Gradients._fields, needed, strict=True) if need),
+        gradients=gradients,
     )
 
 
@@ -116,7 +116,8 @@ def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     *facts, backend, needed = options
-    problem = _problem(q, k, v, tuple(facts), tuple(needed))
+    wanted = frozenset(name for name, need in zip(Gradients._fields, needed, strict=True) if need)
+    problem = _problem(q, k, v, tuple(facts), wanted)
     gradients = KERNELS[backend].backward(dout, dlse, q, k, v, out, lse, problem)
     likes = (q, k, v, problem.bias, problem.alibi_slopes, problem.sinks)
     return tuple(_as_fake(gradient, like, need) for gradient, like, need in zip(gradients, likes, needed, strict=True))
@@ -182,7 +183,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            output = forward_op(*arguments)
+            output: tuple[Tensor, Tensor] = forward_op(*arguments)
         _save_forward(ctx, arguments, output)
         return output
 
@@ -197,7 +198,7 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            output = backward_op(*arguments)
+            output: tuple[Tensor, ...] = backward_op(*arguments)
         _save_backward(ctx, arguments, output)
         return output
 
@@ -213,7 +214,7 @@ class TransformedAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> Any:
         return forward_op(*arguments)
 
     setup_context = staticmethod(_save_forward)
@@ -227,7 +228,7 @@ class TransformedBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    def forward(*arguments: Any) -> Any:
         return backward_op(*arguments)
 
     setup_context = staticmethod(_save_backward)

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()))
+        return cls(tensor.shape, tensor.stride())
 
 
 class Problem(NamedTuple):

@@ -14,46 +14,58 @@ from . import scores as pairs
 from .problem import AttentionOutput, Problem
 from .scores import NEG_INF, Geometry, Tile
 
+EVERYTHING = Tile(slice(None), slice(None))
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
     """out and lse, differentiable by PyTorch's own rules."""
-    dtype = problem.accumulate_dtype
-    q, k, v = (pairs.dense(tensor, problem).to(dtype) for tensor in (q, k, v))
+    q, k, v = (pairs.dense(tensor, problem).to(problem.accumulate_dtype) for tensor in (q, k, v))
     where = pairs.locate(problem)
-    everything = Tile(slice(None), slice(None))
-    visible = pairs.visible(problem, where, everything)
-    k, v, poison = _contain(k, v, visible, problem)
-    scores = masked_scores(q, k, visible, problem, where)
+    visible = pairs.visible(problem, where, EVERYTHING)
+    if visible is not None:
+        blind = ~visible.any(-1, keepdim=True)
+        q = q.masked_fill(blind, 0.0)  # of a row that sees nothing not even a nan counts, in no gradient either
+    scores = masked_scores(q, k, visible, problem, where, EVERYTHING)
     lse = _log_sum_exp(scores, problem)
     weights = _weights(scores, lse)
-    factor = pairs.dropout_factor(problem, where, everything)
-    out = pairs.weights_value(weights if factor is None else weights * factor, v)
-    if poison is not None:
-        out, lse = out + poison[..., None], lse + poison
-    out = out.to(problem.dtype)
+    factor = pairs.dropout_factor(problem, where, EVERYTHING)
+    out = _weigh(weights if factor is None else weights * factor, v, visible, problem)
+    out = (out if visible is None else out.masked_fill(blind, 0.0)).to(problem.dtype)
     return AttentionOutput(out[0].transpose(0, 1), lse[0]) if problem.packed else AttentionOutput(out, lse)
 
 
 def attention_weights(q: Tensor, k: Tensor, lse: Tensor, problem: Problem, average_heads: bool) -> Tensor:
-    """The probabilities themselves, after dropout, from an lse that some backend computed."""
-    where = pairs.locate(problem)
-    everything = Tile(slice(None), slice(None))
-    visible = pairs.visible(problem, where, everything)
+    """The probabilities themselves, after dropout, from an lse that some backend computed.
+
+    Their mean over heads is made in blocks of rows, which together hold no more than the result does.
+    """
     q, k = (tensor.to(problem.accumulate_dtype) for tensor in (q, k))
-    k, _, _ = _contain(k, k, visible, problem)
-    weights = _weights(masked_scores(q, k, visible, problem, where), lse)
-    factor = pairs.dropout_factor(problem, where, everything)
-    weights = weights if factor is None else weights * factor
-    return weights.mean(1) if average_heads else weights
+    where = pairs.locate(problem)
+    if not average_heads or torch.compiler.is_compiling():  # a loop over blocks would bind the graph to one length
+        weights = _weights_of_rows(q, k, lse, problem, where, EVERYTHING)
+        return weights.mean(1) if average_heads else weights
+    step = -(-problem.seqlen_q // problem.heads) or 1
+    blocks = [Tile(slice(first, first + step), slice(None)) for first in range(0, problem.seqlen_q, step)] or [EVERYTHING]
+    return torch.cat([_weights_of_rows(q, k, lse, problem, where, tile).mean(1) for tile in blocks], dim=1)
 
 
-def masked_scores(q: Tensor, k: Tensor, visible: Tensor | None, problem: Problem, where: Geometry) -> Tensor:
-    everything = Tile(slice(None), slice(None))
+def _weights_of_rows(q: Tensor, k: Tensor, lse: Tensor, problem: Problem, where: Geometry, tile: Tile) -> Tensor:
+    visible = pairs.visible(problem, where, tile)
+    weights = _weights(masked_scores(q[:, :, tile.rows], k, visible, problem, where, tile), lse[:, :, tile.rows])
+    factor = pairs.dropout_factor(problem, where, tile)
+    return weights if factor is None else weights * factor
+
+
+def masked_scores(q: Tensor, k: Tensor, visible: Tensor | None, problem: Problem, where: Geometry, tile: Tile) -> Tensor:
+    """Scores in the order softcap, ALiBi, bias; hidden pairs -inf, even of keys that are not finite."""
     slopes = None if problem.alibi_slopes is None else pairs.slopes_by_row(problem.alibi_slopes.to(q.dtype), problem, where)
+    slopes = None if slopes is None else pairs.part(slopes, tile)
+    bias = None if problem.bias is None else pairs.part(problem.bias, tile).to(q.dtype)
+    if visible is not None:
+        k, broken = pairs.finite_rows(k, problem.group)
     scores = pairs.cap(pairs.query_key(q, k) * problem.scale, problem.softcap)
-    bias = None if problem.bias is None else problem.bias.to(q.dtype)
-    scores = pairs.shift(scores, pairs.distance(problem, where, everything), slopes, bias)
-    return scores if visible is None else scores.masked_fill(~visible, NEG_INF)
+    scores = pairs.shift(scores, pairs.distance(problem, where, tile), slopes, bias)
+    return scores if visible is None else scores.masked_fill(broken, torch.nan).masked_fill(~visible, NEG_INF)
 
 
 def _log_sum_exp(scores: Tensor, problem: Problem) -> Tensor:
@@ -74,11 +86,10 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
 
 
-def _contain(k: Tensor, v: Tensor, visible: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Finite keys and values, and nan for the rows that see one that was not: 0 * nan must not reach the others."""
+def _weigh(weights: Tensor, v: Tensor, visible: Tensor | None, problem: Problem) -> Tensor:
+    """weights v; a value row that is not finite reaches exactly the queries that see it."""
     if visible is None:
-        return k, v, None
-    broken = ~(torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1))
-    sees_broken = (visible & broken.repeat_interleave(problem.group, dim=1)[:, :, None, :]).any(-1)
-    poison = torch.where(sees_broken, torch.nan, 0.0).to(k.dtype)
-    return k.masked_fill(broken[..., None], 0.0), v.masked_fill(broken[..., None], 0.0), poison
+        return pairs.weights_value(weights, v)
+    v, broken = pairs.finite_rows(v, problem.group)
+    sees_broken = (visible & broken).any(-1, keepdim=True)
+    return pairs.weights_value(weights, v).masked_fill(sees_broken, torch.nan)

@@ -105,7 +105,8 @@ def dropout_factor(problem: Problem, where: Geometry, tile: Tile) -> Tensor | No
     """What dropout multiplies the probabilities of a tile with: 0 or 1 / (1 - p); None without dropout."""
     if problem.dropout_p == 0 or problem.dropout_seed is None:
         return None
-    kept = dropout.keep(problem.dropout_seed, *(part(index, tile) for index in (where.stream, where.row, where.col)), problem.dropout_p)
+    stream, row, col = (part(index, tile) for index in (where.stream, where.row, where.col))
+    kept = dropout.keep(problem.dropout_seed, stream, row, col, problem.dropout_p)
     return kept.to(problem.accumulate_dtype) * (1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0)
 
 
@@ -116,6 +117,15 @@ def part(tensor: Tensor, tile: Tile) -> Tensor:
     if tensor.shape[2] != 1:
         tensor = tensor[:, :, tile.rows]
     return tensor if tensor.shape[3] == 1 else tensor[..., tile.cols]
+
+
+def finite_rows(tensor: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Keys or values with zeros for rows that are not finite, and which were not: (batch, heads, 1, cols).
+
+    0 * nan is nan: where pairs are hidden, such a row must not enter a product, not even with weight 0.
+    """
+    broken = ~torch.isfinite(tensor).all(-1)
+    return tensor.masked_fill(broken[..., None], 0.0), broken.repeat_interleave(group, dim=1)[:, :, None, :]
 
 
 def query_key(q: Tensor, k: Tensor) -> Tensor:

@@ -33,16 +33,17 @@ def check(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
+    packed: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Problem:
     """The problem of a call, or a TypeError or ValueError that names the argument, what it got, what was expected and what to do."""
-    packed = cu_seqlens_q is not None
+    packed = packed or cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_tensors(q, k, v, packed)
-    batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None and cu_seqlens_q.dim() == 1 else q.shape[0]
+    batch = q.shape[0]
     if packed:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+        batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
     left, right = _check_window(causal, window)
     if offset is not None:
         _check_offset(offset, batch, q)
@@ -58,7 +59,7 @@ def check(
         _check_per_head("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (batch, q.shape[1])))
     if sinks is not None:
         _check_per_head("sinks", sinks, q, ((q.shape[1],),))
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0.0 < softcap < math.inf):
+    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0.0 < softcap < math.inf):
         raise ValueError(f"softcap is {softcap!r}, expected a finite number above 0, or None for no cap")
     _check_dropout(dropout_p, dropout_seed, q)
     return Problem(
@@ -140,7 +141,7 @@ def _check_window(causal: bool, window: tuple[int | None, int | None] | None) ->
     return left, 0 if causal else right
 
 
-def _check_index(name: str, tensor: Tensor, q: Tensor) -> None:
+def _check_index(name: str, tensor: Tensor | None, q: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected an int32 or int64 tensor on {q.device}")
     if tensor.dtype not in INDEX_DTYPES:
@@ -162,15 +163,18 @@ def _check_offset(offset: int | Tensor, batch: int, q: Tensor) -> None:
         raise TypeError(f"offset is {offset!r}, expected an int, an int tensor ({batch},), or None for seqlen_k - seqlen_q")
 
 
-def _check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor) -> int:
+    """The number of packed members."""
+    entries = []
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if tensor is None or not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected an int32 or int64 tensor on {q.device}")
         _check_index(name, tensor, q)
-        if tensor.dim() != 1 or tensor.shape[0] < 1:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (batch + 1,): 0, then the running total of the lengths")
-    if cu_seqlens_q is not None and cu_seqlens_k is not None and cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"cu_seqlens_q has {cu_seqlens_q.shape[0]} entries, cu_seqlens_k has {cu_seqlens_k.shape[0]}: both need batch + 1")
+        if tensor is None or tensor.dim() != 1 or tensor.shape[0] < 1:
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{name} has shape {shape}, expected (batch + 1,): 0, then the running total of the lengths")
+        entries.append(tensor.shape[0])
+    if entries[0] != entries[1]:
+        raise ValueError(f"cu_seqlens_q has {entries[0]} entries, cu_seqlens_k has {entries[1]}: both need batch + 1")
+    return entries[0] - 1
 
 
 def _check_mask_and_bias(mask: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor) -> None:

@@ -1,0 +1,190 @@
+"""Named workloads with the shapes of real models, and the work in them.
+
+forward    2 (head_dim + head_dim_v) FLOPs a visible pair: 4 batch heads seqlen_q seqlen_k head_dim where every pair is visible
+backward   2.5 times that; a linear layer of a module: 2 FLOPs a weight and token forward, 4 backward
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["forward", "backward"]
+Kind = Literal["attention", "module"]
+ModuleKind = Literal["layer", "attention"]
+
+BACKWARD_OVER_FORWARD = 2.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention call of a real model, and the module of torch.nn it sits in."""
+
+    name: str
+    title: str
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    kv_heads: int | None = None  # None: as many as heads
+    causal: bool = False
+    kv_lengths: tuple[int, ...] | None = None
+    backward: bool = True
+    module: ModuleKind | None = None
+    module_reason: str | None = None  # why torch.nn has no module for it
+    norm_first: bool = True
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.key_heads
+
+    @property
+    def embed_dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def cross(self) -> bool:
+        return self.seqlen_q != self.seqlen_k
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        return ("forward", "backward") if self.backward else ("forward",)
+
+    def shape(self) -> str:
+        heads = f"{self.heads}/{self.key_heads}" if self.group > 1 else f"{self.heads}"
+        lengths = f"{self.seqlen_q} x {self.seqlen_k}" if self.cross else f"{self.seqlen_q}"
+        extras = [word for word, on in (("causal", self.causal), ("padded", self.kv_lengths is not None)) if on]
+        return ", ".join([f"batch {self.batch}", f"heads {heads}", f"seqlen {lengths}", f"head_dim {self.head_dim}", *extras])
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("gpt2-small", "GPT-2 small", 1, 12, 1024, 1024, 64, causal=True, module="layer"),
+        Workload("bert-base", "BERT-base", 2, 12, 512, 512, 64, kv_lengths=(512, 317), module="layer", norm_first=False),
+        Workload("vit-base", "ViT-B/16", 4, 12, 197, 197, 64, module="layer"),
+        Workload("whisper-encoder", "Whisper-base encoder", 1, 8, 1500, 1500, 64, module="attention"),
+        Workload("whisper-cross", "Whisper-base cross-attention", 1, 8, 448, 1500, 64, module="attention"),
+        Workload(
+            "llama-gqa", "Llama-style grouped heads", 1, 32, 1024, 1024, 128, kv_heads=8, causal=True,
+            module_reason="torch.nn's modules have one kv head a query head; this workload shares each among 4",
+        ),
+        Workload(
+            "decode-gqa", "one decode step, grouped heads", 1, 32, 1, 4096, 128, kv_heads=8, backward=False,
+            module_reason="torch.nn's modules have no cache of keys and no grouped heads",
+        ),
+    )
+}  # fmt: skip
+QUICK = ("vit-base", "whisper-cross")  # one with its layer, one with unequal lengths; half a minute with the rest of --quick
+
+
+def visible_pairs(workload: Workload) -> int:
+    """Pairs (query, key) that may attend, over the whole batch and all query heads; causal is aligned to the last key."""
+    total = 0
+    for member in range(workload.batch):
+        end = workload.seqlen_k if workload.kv_lengths is None else min(max(workload.kv_lengths[member], 0), workload.seqlen_k)
+        reach = torch.full((workload.seqlen_q,), end)
+        if workload.causal:
+            reach = torch.minimum(reach, torch.arange(workload.seqlen_q) + end - workload.seqlen_q + 1)
+        total += int(reach.clamp_min(0).sum())
+    return total * workload.heads
+
+
+def attention_flops(workload: Workload, direction: Direction) -> float:
+    forward = 4.0 * workload.head_dim * visible_pairs(workload)
+    return forward if direction == "forward" else BACKWARD_OVER_FORWARD * forward
+
+
+def module_flops(workload: Workload, direction: Direction) -> float:
+    """The attention of a module and its linear layers: four projections, and for a layer the two of its feed-forward network."""
+    queries, keys, width = workload.batch * workload.seqlen_q, workload.batch * workload.seqlen_k, workload.embed_dim
+    weights_and_tokens = 2 * (queries + keys) * width * width
+    if workload.module == "layer":
+        weights_and_tokens += 2 * queries * width * feedforward_dim(workload)
+    return attention_flops(workload, direction) + (2.0 if direction == "forward" else 4.0) * weights_and_tokens
+
+
+def feedforward_dim(workload: Workload) -> int:
+    return 4 * workload.embed_dim
+
+
+def decode_bytes(workload: Workload, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values that one pass has to read."""
+    return 2 * workload.batch * workload.key_heads * workload.seqlen_k * workload.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """q (batch, heads, seqlen_q, head_dim), k, v (batch, kv_heads, seqlen_k, head_dim), dout like q, all contiguous.
+
+    The leaves take gradients; visible is the mask (batch or 1, 1, seqlen_q or 1, seqlen_k) that contenders without our options need.
+    """
+
+    workload: Workload
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    visible: Tensor | None
+    options: dict[str, Any] = field(default_factory=dict)  # of fused_attention.attention
+
+
+def attention_inputs(workload: Workload, dtype: torch.dtype, seed: int) -> AttentionInputs:
+    generator = _generator(workload, seed)
+    queries = (workload.batch, workload.heads, workload.seqlen_q, workload.head_dim)
+    keys = (workload.batch, workload.key_heads, workload.seqlen_k, workload.head_dim)
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in (queries, keys, keys, queries))
+    options: dict[str, Any] = {"causal": True} if workload.causal else {}
+    if workload.kv_lengths is not None:
+        options["kv_lengths"] = torch.tensor(workload.kv_lengths, dtype=torch.int32)
+    for leaf in (q, k, v):
+        leaf.requires_grad_(workload.backward)
+    return AttentionInputs(workload, q, k, v, dout, _visible(workload), options)
+
+
+@dataclass(frozen=True)
+class ModuleInputs:
+    """x (batch, seqlen_q, embed_dim), memory (batch, seqlen_k, embed_dim), the same tensor unless cross; padding True where no key is."""
+
+    workload: Workload
+    x: Tensor
+    memory: Tensor
+    dout: Tensor
+    padding: Tensor | None
+
+
+def module_inputs(workload: Workload, dtype: torch.dtype, seed: int) -> ModuleInputs:
+    generator = _generator(workload, seed)
+    shape = (workload.batch, workload.seqlen_q, workload.embed_dim)
+    x, dout = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    memory = x.requires_grad_()
+    if workload.cross:
+        memory = torch.randn(workload.batch, workload.seqlen_k, workload.embed_dim, generator=generator).to(dtype).requires_grad_()
+    visible = None if workload.kv_lengths is None else _visible_keys(workload)
+    return ModuleInputs(workload, x, memory, dout, None if visible is None else ~visible)
+
+
+def _generator(workload: Workload, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + zlib.crc32(workload.name.encode()))
+
+
+def _visible_keys(workload: Workload) -> Tensor:
+    return torch.arange(workload.seqlen_k) < torch.tensor(workload.kv_lengths)[:, None]
+
+
+def _visible(workload: Workload) -> Tensor | None:
+    if workload.causal:
+        return torch.ones(workload.seqlen_q, workload.seqlen_k, dtype=torch.bool).tril(workload.seqlen_k - workload.seqlen_q)[None, None]
+    if workload.kv_lengths is not None:
+        return _visible_keys(workload)[:, None, None, :]
+    return None

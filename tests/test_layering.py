@@ -1,0 +1,163 @@
+"""Imports go down only: the edges that the modules of fused_attention may have, and a check that reads every import.
+
+layers -> functional -> ops -> backend -> cpu_backend, torch_backend -> blockwise, reference -> scores -> dropout, problem
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"fused_attention": ROOT / "python" / "fused_attention"} | {
+    f"fused_attention.{name}": ROOT / name for name in ("benchmarks", "triton_kernels") if (ROOT / name).is_dir()
+}
+
+# What a module, or any module of a sub-package, may import of the others when it is loaded. "fused_attention" is the public surface.
+ALLOWED: dict[str, set[str]] = {
+    "problem": set(),
+    "autocast": set(),
+    "dropout": set(),
+    "validation": {"problem"},
+    "scores": {"dropout", "problem"},
+    "reference": {"problem", "scores"},
+    "blockwise": {"problem", "scores"},
+    "torch_backend": {"autocast", "blockwise", "problem", "reference", "scores"},
+    "cpu_backend": {"autocast", "blockwise", "problem", "reference", "scores"},
+    "backend": {"cpu_backend", "problem", "torch_backend"},
+    "ops": {"backend", "blockwise", "problem"},
+    "merge": {"problem"},
+    "functional": {"autocast", "backend", "dropout", "ops", "problem", "reference", "validation"},
+    "sdpa": {"functional"},
+    "layers": {"dropout", "functional"},
+    "fused_attention": {"backend", "functional", "layers", "merge", "problem", "sdpa"},
+    "__main__": set(),
+    "testing": {"fused_attention", "backend", "problem", "validation"},
+    "benchmarks": {"fused_attention", "testing"},
+}
+# What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
+LAZY: dict[str, set[str]] = {
+    "cpu_backend": {"_cpu", "_build_info"},
+    "__main__": {"fused_attention", "testing", "benchmarks"},
+}
+GENERATED = {"_cpu", "_build_info"}  # modules that a build makes: no source here has their names
+# Other packages that may be needed to import a module; a runtime dependency is what every module may need.
+DEPENDENCIES = {"torch"}
+EXTRAS = {"benchmarks": {"rich", "matplotlib", "pytest"}, "triton_kernels": {"triton"}}
+
+
+class Import(NamedTuple):
+    """One imported module, by its whole name, and where."""
+
+    target: str
+    lazy: bool  # inside a function
+    line: int
+
+
+def unit(module: str) -> str:
+    """The row of the table that a module of fused_attention belongs to."""
+    return (module.split(".") + [module])[1]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package as installed, by name."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: path for name, path in found.items() if unit(name) not in GENERATED}
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST, module: str, is_package: bool, lazy: bool = False) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, lazy, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                here = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*here, *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield Import(inner if inner in MODULES or alias.name in GENERATED else base, lazy, node.lineno)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(node, module, is_package, inside)
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """What the imports of a module break, one sentence each."""
+    found, row = [], unit(module)
+    if row not in ALLOWED:
+        return [f"{module} has no row in ALLOWED: say what it may import"]
+    for target, lazy, line in imports(ast.parse(source), module, is_package):
+        top = target.partition(".")[0]
+        if top == "fused_attention":
+            permitted = ALLOWED[row] | {row} | (LAZY.get(row, set()) if lazy else set())
+            if unit(target) not in permitted:
+                found.append(f"{module}:{line} imports {target}{' in a function' if lazy else ''}, {row} may import {sorted(permitted)}")
+        elif not lazy and top not in sys.stdlib_module_names | DEPENDENCIES | EXTRAS.get(row, set()):
+            found.append(f"{module}:{line} needs {target} to be imported, but the package depends on {sorted(DEPENDENCIES)}")
+    return found
+
+
+def test_every_import_goes_down() -> None:
+    assert len(MODULES) > len(ALLOWED) / 2, f"the sources were not found under {ROOT}"
+    found = [line for name, path in MODULES.items() for line in violations(name, path.read_text(), path.name == "__init__.py")]
+    assert not found, "\n".join(found)
+
+
+def test_the_table_names_no_module_that_is_gone() -> None:
+    assert set(ALLOWED) == {unit(name) for name in MODULES}
+
+
+def test_the_table_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {name for name, below in ALLOWED.items() if name not in done and below <= done}
+        assert ready, f"these can import each other: {sorted(set(ALLOWED) - done)}"
+        done |= ready
+
+
+def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
+    oracle = MODULES["fused_attention.testing.oracle"]
+    tops = {each.target.partition(".")[0] for each in imports(ast.parse(oracle.read_text()), "fused_attention.testing.oracle", False)}
+    assert tops <= sys.stdlib_module_names | {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "broken"),
+    [
+        ("fused_attention.problem", "from .functional import attention", True),
+        ("fused_attention.problem", "from . import scores", True),
+        ("fused_attention.problem", "def f():\n    from fused_attention.ops import forward", True),
+        ("fused_attention.cpu_backend", "from . import _cpu", True),
+        ("fused_attention.cpu_backend", "from fused_attention import _cpu", True),
+        ("fused_attention.cpu_backend", "def f():\n    from . import _cpu", False),
+        ("fused_attention.torch_backend", "def f():\n    from . import _cpu", True),
+        ("fused_attention.torch_backend", "import fused_attention.cpu_backend", True),
+        ("fused_attention.layers.masks", "from ..functional import attention", False),
+        ("fused_attention.layers.masks", "from fused_attention import attention", True),
+        ("fused_attention.layers.masks", "if True:\n    from fused_attention.testing import oracle", True),
+        ("fused_attention.benchmarks.gate", "from fused_attention.testing.oracle import oracle\nimport rich", False),
+        ("fused_attention.functional", "import numpy", True),
+        ("fused_attention.functional", "import math, torch.nn", False),
+        ("fused_attention.helpers", "", True),
+    ],
+)
+def test_the_check_sees_what_it_should(module: str, source: str, broken: bool) -> None:
+    assert bool(violations(module, source)) is broken
+
+
+def test_relative_imports_of_a_package_start_at_itself() -> None:
+    assert not violations("fused_attention.layers", "from .masks import score_masks", is_package=True)
+    assert violations("fused_attention.layers", "from ..ops import forward", is_package=True)
