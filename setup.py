@@ -27,7 +27,7 @@ commands.reasons["cuda"] = refuse_cuda()
 setup(
     packages=PACKAGES,
     package_dir={"": "python"} | {f"fused_attention.{name}": name for name in MAPPED},
-    package_data={"fused_attention": ["py.typed"]},
+    package_data={"fused_attention": ["py.typed", "*.pyi"]},
     include_package_data=False,  # or benchmark results and whatever else MANIFEST.in grafts would be installed
     ext_modules=[] if switch("FUSED_ATTENTION_CPU", ("auto", "1", "0")) == "0" else [cpu_extension()],
     cmdclass={"build": commands.Build, "build_ext": commands.BuildExt, "build_record": commands.BuildRecord},

@@ -1,4 +1,4 @@
-"""Attention by tiles in plain PyTorch, forward, backward and double backward: any option, any device, memory O(seqlen).
+"""Attention by tiles in plain PyTorch, forward and backward: any option, any device, memory O(seqlen).
 
     online softmax    m' = max(m, rowmax(s));  l' = l e^(m - m') + rowsum(e^(s - m'));  acc' = acc e^(m - m') + e^(s - m') v
     gradients         p = e^(s - lse);  ds = p (dout v^T - delta),  delta = rowsum(dout out) - dlse
@@ -38,7 +38,7 @@ def _forward_rows(q: Tensor, k: Tensor, v: Tensor, problem: Problem, where: Geom
     row_max, row_sum = _start(q, problem)
     acc = q.new_zeros(*q.shape[:3], problem.head_dim_v)
     poisoned = q.new_zeros(q.shape[:3], dtype=torch.bool)
-    for cols in _key_blocks(problem, rows):
+    for cols in _key_blocks(problem, where, rows):
         tile = Tile(rows, cols)
         visible = pairs.visible(problem, where, tile)
         k_tile, v_tile = (tensor[:, :, cols].to(q.dtype) for tensor in (k, v))
@@ -47,7 +47,7 @@ def _forward_rows(q: Tensor, k: Tensor, v: Tensor, problem: Problem, where: Geom
             v_tile, v_broken = pairs.finite_rows(v_tile, problem.group)
             poisoned = poisoned | (visible & v_broken).any(-1)
         s = pairs.cap(pairs.query_key(q, k_tile) * problem.scale, problem.softcap)
-        shifts = (None if x is None else pairs.part(x, tile) for x in (slopes, problem.bias))
+        shifts = (None if x is None else pairs.part(x, tile).to(q.dtype) for x in (slopes, problem.bias))
         s = pairs.shift(s, pairs.distance(problem, where, tile), *shifts)
         if visible is not None:
             s = s.masked_fill(k_broken, torch.nan).masked_fill(~visible, NEG_INF)
@@ -85,73 +85,26 @@ def _finite_pivot(row_max: Tensor) -> Tensor:
 
 
 def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem) -> Gradients:
-    """All gradients of a forward whose out and lse are given; those of bias and slopes are reduced in a fixed order."""
+    """The gradients that problem.gradients names, of a forward whose out and lse are given; reductions have a fixed order."""
     where = pairs.locate(problem)
     operands = Operands.of(dout, dlse, q, k, v, out, lse, problem, where)
-    total = TileGradients(*(None if x is None else torch.zeros_like(x) for x in operands.differentiated()))
-    for tile in _tiles(problem):
-        _accumulate(total.cut(tile), _tile_gradients(operands.cut(tile), problem, where, tile))
-    dq, dk, dv = (_undense(x, problem).to(problem.dtype) for x in total[:3] if x is not None)
+    differentiated = TileGradients(operands.q, operands.k, operands.v, operands.bias, operands.slopes)
+    named = zip(Gradients._fields, differentiated, strict=False)
+    total = TileGradients(
+        *(torch.zeros_like(x, dtype=problem.accumulate_dtype) if x is not None and name in problem.gradients else None for name, x in named)
+    )
+    for tile in tiles(problem, where):
+        accumulate(total.cut(tile), tile_gradients(operands.cut(tile), problem, where, tile, total))
+    dq, dk, dv = (None if x is None else _undense(x, problem).to(problem.dtype) for x in total[:3])
+    sinks = problem.sinks if "sinks" in problem.gradients else None
     return Gradients(
         q=dq,
         k=dk,
         v=dv,
         bias=None if problem.bias is None or total.bias is None else total.bias.reshape(problem.bias.shape).to(problem.bias.dtype),
         alibi_slopes=_sum_slopes(total.slopes, problem, where),
-        sinks=None if problem.sinks is None else _sink_gradient(problem.sinks, operands.lse, operands.delta),
+        sinks=None if sinks is None else sink_gradient(sinks, operands.lse, operands.delta),
     )
-
-
-def double_backward(
-    cotangents: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
-) -> tuple[Tensor | None, ...]:
-    """Gradients of sum(cotangents * backward(...)) for dout, dlse, q, k, v, out, lse, bias, alibi_slopes, sinks, in this order.
-
-    out and lse are inputs here: what reaches them flows on through another first backward.
-    """
-    where = pairs.locate(problem)
-    given = (dout, dlse, q, k, v, out, lse, problem.bias, problem.alibi_slopes, problem.sinks)
-    with torch.enable_grad():
-        leaves = tuple(None if x is None else x.detach().requires_grad_() for x in given)
-        problem = problem._replace(bias=leaves[7], alibi_slopes=leaves[8], sinks=leaves[9])
-        operands = Operands.of(*leaves[:7], problem, where)  # type: ignore[arg-type, call-arg]  # dlse alone may be None
-        dsinks = None if problem.sinks is None else _sink_gradient(problem.sinks, operands.lse, operands.delta)
-    weights = _dense_cotangents(cotangents, problem, where)
-    total = [None if x is None else torch.zeros_like(x) for x in operands]
-    for tile in _tiles(problem):
-        cut = Operands(*total).cut(tile)  # type: ignore[arg-type]  # bias and slopes alone may be None
-        _accumulate(cut, _pull_back(weights.cut(tile), operands.cut(tile), problem, where, tile))
-    return _gradients_of((*operands, dsinks), (*total, cotangents.sinks), leaves)
-
-
-def _pull_back(weights: TileGradients, operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> tuple[Tensor | None, ...]:
-    """The gradient of sum(weights * _tile_gradients(operands)) for each operand."""
-    with torch.enable_grad():
-        leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in operands))  # type: ignore[arg-type]
-        return _gradients_of(_tile_gradients(leaves, problem, where, tile), weights, leaves)
-
-
-def _gradients_of(
-    outputs: Sequence[Tensor | None], weights: Sequence[Tensor | None], leaves: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """The gradient of sum(weights * outputs) for each leaf, None for None; what has no weight does not count."""
-    counted = [(x, weight) for x, weight in zip(outputs, weights, strict=True) if x is not None and weight is not None]
-    if not counted:
-        return (None,) * len(leaves)
-    found = iter(
-        torch.autograd.grad(
-            [x for x, _ in counted], [x for x in leaves if x is not None], [weight for _, weight in counted], allow_unused=True
-        )
-    )
-    return tuple(None if x is None else next(found) for x in leaves)
-
-
-def _dense_cotangents(cotangents: Gradients, problem: Problem, where: Geometry) -> TileGradients:
-    dtype = problem.accumulate_dtype
-    dq, dk, dv = (None if x is None else pairs.dense(x, problem).to(dtype) for x in cotangents[:3])
-    bias = None if cotangents.bias is None else _as_4d(cotangents.bias).to(dtype)
-    slopes = None if cotangents.alibi_slopes is None else pairs.slopes_by_row(cotangents.alibi_slopes.to(dtype), problem, where)
-    return TileGradients(dq, dk, dv, bias, slopes)
 
 
 class TileGradients(NamedTuple):
@@ -169,7 +122,7 @@ class TileGradients(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a backward computes from, dense and in the accumulate dtype; or a tile of it."""
+    """What a backward computes from, dense and in the accumulate dtype but for bias; or a tile of it."""
 
     dout: Tensor
     delta: Tensor
@@ -191,12 +144,9 @@ class Operands(NamedTuple):
         live = (lse != NEG_INF)[..., None]
         dout, q = torch.where(live, dout, 0.0), torch.where(live, q, 0.0)  # of a row that sees nothing not even a nan counts
         delta = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse
-        bias = None if problem.bias is None else _as_4d(problem.bias).to(dtype)
+        bias = None if problem.bias is None else as_4d(problem.bias)
         slopes = None if problem.alibi_slopes is None else pairs.slopes_by_row(problem.alibi_slopes.to(dtype), problem, where)
         return cls(dout, delta, q, k, v, lse, bias, slopes)
-
-    def differentiated(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.bias, self.slopes
 
     def cut(self, tile: Tile) -> Operands:
         rows, cols = tile
@@ -219,36 +169,37 @@ def _at(tensor: Tensor | None, place: Tile | slice) -> Tensor | None:
     return tensor[:, :, place] if isinstance(place, slice) else pairs.part(tensor, place)
 
 
-def _accumulate(totals: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
+def accumulate(totals: Sequence[Tensor | None], shares: Sequence[Tensor | None]) -> None:
     for total, share in zip(totals, shares, strict=True):
         if total is not None and share is not None:
             total += share
 
 
-def _tile_gradients(operands: Operands, problem: Problem, where: Geometry, tile: Tile) -> TileGradients:
-    """What one tile adds to the gradients of q, k, v, bias and slopes; differentiable, for the second derivative."""
+def tile_gradients(operands: Operands, problem: Problem, where: Geometry, tile: Tile, wanted: TileGradients) -> TileGradients:
+    """What one tile adds to those gradients that are wanted; differentiable, for the second derivative."""
     dout, delta, q, k, v, lse, bias, slopes = operands
     visible = pairs.visible(problem, where, tile)
     if visible is not None:
         k, v = (pairs.finite_rows(tensor, problem.group)[0] for tensor in (k, v))
     distance = pairs.distance(problem, where, tile)
     capped = pairs.cap(pairs.query_key(q, k) * problem.scale, problem.softcap)
-    s = _hide(pairs.shift(capped, distance, slopes, bias), visible, NEG_INF)
+    s = _hide(pairs.shift(capped, distance, slopes, None if bias is None else bias.to(q.dtype)), visible, NEG_INF)
     p = _hide(torch.exp(s - _finite_pivot(lse)[..., None]), visible, 0.0)
     factor = pairs.dropout_factor(problem, where, tile)
     dp = pairs.query_key(dout, v)
     ds = _hide(p * ((dp if factor is None else dp * factor) - delta[..., None]), visible, 0.0)
     dscores = ds if problem.softcap is None else ds * (1 - (capped / problem.softcap) ** 2)
+    dropped = p if factor is None else p * factor
     return TileGradients(
-        q=pairs.weights_value(dscores, k) * problem.scale,
-        k=pairs.sum_over_queries(dscores, q, problem.kv_heads) * problem.scale,
-        v=pairs.sum_over_queries(p if factor is None else p * factor, dout, problem.kv_heads),
-        bias=None if bias is None else ds.sum_to_size(bias.shape),
-        slopes=None if slopes is None or distance is None else (-ds * distance).sum_to_size(slopes.shape),
+        q=None if wanted.q is None else pairs.weights_value(dscores, k) * problem.scale,
+        k=None if wanted.k is None else pairs.sum_over_queries(dscores, q, problem.kv_heads) * problem.scale,
+        v=None if wanted.v is None else pairs.sum_over_queries(dropped, dout, problem.kv_heads),
+        bias=None if wanted.bias is None or bias is None else ds.sum_to_size(bias.shape),
+        slopes=None if wanted.slopes is None or slopes is None or distance is None else (-ds * distance).sum_to_size(slopes.shape),
     )
 
 
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The sink's probability times (0 - delta), summed over its head: it has no value row."""
     p = torch.where(lse == NEG_INF, 0.0, torch.exp(sinks.to(lse.dtype)[None, :, None] - _finite_pivot(lse)))
     return -(p * delta).sum((0, 2)).to(sinks.dtype)
@@ -269,9 +220,9 @@ def _hide(scores: Tensor, visible: Tensor | None, value: float) -> Tensor:
     return scores if visible is None else scores.masked_fill(~visible, value)
 
 
-def _tiles(problem: Problem) -> Iterator[Tile]:
+def tiles(problem: Problem, where: Geometry) -> Iterator[Tile]:
     for rows in _blocks(problem.seqlen_q):
-        for cols in _key_blocks(problem, rows):
+        for cols in _key_blocks(problem, where, rows):
             yield Tile(rows, cols)
 
 
@@ -280,7 +231,7 @@ def _blocks(length: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, length))
 
 
-def _key_blocks(problem: Problem, rows: slice) -> Iterator[slice]:
+def _key_blocks(problem: Problem, where: Geometry, rows: slice) -> Iterator[slice]:
     """The key blocks that some row may see, as far as the host knows: aligned to BLOCK, so that a row meets the same ones in any chunk."""
     first, last = 0, problem.seqlen_k
     offset = pairs.static_offset(problem)
@@ -288,11 +239,23 @@ def _key_blocks(problem: Problem, rows: slice) -> Iterator[slice]:
         first = max(first, rows.start + offset - problem.window_left)
     if offset is not None and problem.window_right is not None:
         last = min(last, rows.stop + offset + problem.window_right)
+    if problem.packed and problem.device.type == "cpu" and rows.stop > rows.start:  # where reading cu_seqlens waits for nobody
+        first, last = _member_keys(problem, where, rows)
     for start in range(first // BLOCK * BLOCK, last, BLOCK):
         yield slice(start, min(start + BLOCK, problem.seqlen_k))
 
 
-def _as_4d(tensor: Tensor) -> Tensor:
+def _member_keys(problem: Problem, where: Geometry, rows: slice) -> tuple[int, int]:
+    """The packed keys of the members that rows belong to; whatever cu_seqlens holds, inside [0, seqlen_k]."""
+    if problem.cu_seqlens_k is None or where.member_of_row is None or problem.batch == 0:
+        return 0, 0
+    members = where.member_of_row[0, 0, rows, 0]
+    lowest, highest = (min(int(member), problem.batch - 1) for member in (members.min(), members.max()))
+    first, last = (int(problem.cu_seqlens_k[member]) for member in (lowest, highest + 1))
+    return max(0, min(first, problem.seqlen_k)), max(0, min(last, problem.seqlen_k))
+
+
+def as_4d(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 4 else tensor[None, None]
 
 

@@ -24,15 +24,18 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
 
 
-def keep(seed: Tensor, stream: Tensor, rows: Tensor, cols: Tensor, dropout_p: float) -> Tensor:
+def keep(seed: Tensor, stream: Tensor, rows: Tensor, cols: Tensor, dropout_p: float, first: int | None) -> Tensor:
     """True where (i, j) = (rows, cols) of a stream (batch * heads + head) is kept; the three int64 tensors broadcast.
 
-    cols runs over consecutive keys along the last dimension.
+    first: cols is first, first + 1, ... in its last dimension, and first a multiple of 4; None: any columns, at 4 times the cost.
     """
-    words = _philox((cols >> 2, rows, stream, seed[1] & WORD), (seed[0] & WORD, (seed[0] >> 32) & WORD))
-    word = words[3]
-    for index in (2, 1, 0):
-        word = torch.where((cols & 3) == index, words[index], word)
+    key = seed[0] & WORD, (seed[0] >> 32) & WORD
+    if first is None:
+        words = _philox((cols >> 2, rows, stream, seed[1] & WORD), key)
+        word = torch.stack(words, dim=-1).gather(-1, (cols & 3).expand_as(words[3])[..., None])[..., 0]
+    else:
+        words = _philox((cols[..., ::4] >> 2, rows, stream, seed[1] & WORD), key)
+        word = torch.stack(words, dim=-1).flatten(-2)[..., : cols.shape[-1]]
     return word >= int(dropout_p * 2**32)
 
 

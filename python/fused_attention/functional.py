@@ -7,6 +7,7 @@ Source: Vaswani et al., "Attention is all you need", 2017; the fused form: Dao e
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -74,9 +75,11 @@ def attention(
         NotImplementedError: the demanded backend can't compute this call; the sentence says why.
     """
     options = _options(locals())
-    if isinstance(q, Tensor) and q.is_nested:
-        return _attention_nested(q, k, v, options, backend)
-    return _attend(q, k, v, options, backend).out
+    if not _any_nested(q, k, v):
+        return _attend(q, k, v, options, backend).out
+    rows, cu_seqlens = _unpack_jagged(q, k, v, options)
+    out = _attend(*rows, options | cu_seqlens, backend).out
+    return torch.nested.nested_tensor_from_jagged(out, cu_seqlens["cu_seqlens_q"]).transpose(1, 2)
 
 
 def attention_with_lse(
@@ -199,6 +202,11 @@ def attention_weights(
     options = _options(locals())
     q, k = autocast.cast(q, k)
     problem = check(q, k, k, **options)
+    if not isinstance(lse, Tensor) or not lse.is_floating_point() or lse.device != q.device:
+        got = f"{lse.dtype} on {lse.device}" if isinstance(lse, Tensor) else type(lse).__name__
+        raise TypeError(f"lse is {got}, expected the floating tensor on {q.device} that attention_with_lse returned")
+    if not isinstance(average_heads, bool):
+        raise TypeError(f"average_heads is {average_heads!r}, expected True or False")
     if tuple(lse.shape) != tuple(q.shape[:3]):
         raise ValueError(f"lse has shape {tuple(lse.shape)}, expected (batch, heads, seqlen_q) = {tuple(q.shape[:3])}")
     if problem.dropout_p > 0 and dropout_seed is None:
@@ -213,8 +221,19 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **op
 
     Accepts every option of `attention`, and cu_seqlens_q, cu_seqlens_k of `attention_varlen`.
     """
+    for name in options:
+        if name not in _EXPLAINED:
+            raise TypeError(
+                f"explain() got an unexpected keyword argument {name!r}: it takes the options of attention and attention_varlen"
+            )
+    if _any_nested(q, k, v):
+        (q, k, v), cu_seqlens = _unpack_jagged(q, k, v, options)
+        options |= cu_seqlens
     q, k, v = autocast.cast(q, k, v)
     return explanation(check(q, k, v, **options), backend)
+
+
+_EXPLAINED = frozenset(inspect.signature(check).parameters) - {"q", "k", "v", "packed"}
 
 
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -244,14 +263,25 @@ def _reject(arguments: dict[str, Any]) -> None:
         raise TypeError(f"unexpected keyword argument {name!r}")
 
 
-def _attention_nested(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> Tensor:
-    """Jagged (batch, heads, jagged, head_dim) through the packed form and back."""
+def _any_nested(*operands: Tensor) -> bool:
+    return any(isinstance(operand, Tensor) and operand.is_nested for operand in operands)
+
+
+def _unpack_jagged(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Jagged (batch, heads, jagged, head_dim) as packed sequences, and what says where each begins."""
     _reject({name: value for name, value in options.items() if name in ("mask", "bias")})
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not (isinstance(tensor, Tensor) and tensor.is_nested and tensor.layout is torch.jagged and tensor.dim() == 4):
-            raise TypeError(f"{name} is not a jagged nested tensor (batch, heads, jagged, head_dim), q is: pass all three as such")
-    packed: list[Any] = [tensor.transpose(1, 2) for tensor in (q, k, v)]  # offsets() and values() are a jagged tensor's own
-    offsets_q, offsets_k = packed[0].offsets(), packed[1].offsets()
-    rows_q, rows_k, rows_v = (tensor.values() for tensor in packed)
-    out = _attend(rows_q, rows_k, rows_v, options | {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}, backend).out
-    return torch.nested.nested_tensor_from_jagged(out, offsets_q).transpose(1, 2)
+    for name, operand in (("q", q), ("k", k), ("v", v)):
+        if not (isinstance(operand, Tensor) and operand.is_nested and operand.layout is torch.jagged and operand.dim() == 4):
+            raise TypeError(f"{name} is not a jagged nested tensor (batch, heads, jagged, head_dim): pass all three as such, or none")
+    operands: list[Any] = [q, k, v]  # _ragged_idx, offsets(), lengths() and values() are a jagged tensor's own
+    for name, jagged in zip("qkv", operands, strict=True):
+        if jagged._ragged_idx != 2:
+            raise ValueError(
+                f"{name} is ragged in dimension {jagged._ragged_idx}, expected 2: (batch, heads, jagged, head_dim), use .transpose(1, 2)"
+            )
+        if jagged.lengths() is not None:
+            raise ValueError(f"{name} has holes between its members: make it contiguous, or use attention_varlen with kv_lengths")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError("k and v are jagged in unlike ways: build both from the same offsets, as nested_tensor_from_jagged does")
+    rows_q, rows_k, rows_v = (jagged.transpose(1, 2).values() for jagged in operands)
+    return (rows_q, rows_k, rows_v), {"cu_seqlens_q": operands[0].offsets(), "cu_seqlens_k": operands[1].offsets()}

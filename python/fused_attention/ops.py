@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from . import blockwise
+from . import blockwise, second_derivative
 from .backend import KERNELS
+from .batching import batched
 from .problem import AttentionOutput, Gradients, Layout, Problem, empty_output
 
 OPTIONS = (
@@ -125,8 +126,10 @@ def _backward(
 
 def _as_fake(gradient: Tensor | None, like: Tensor | None, need: bool) -> Tensor:
     """A gradient laid out as _fake_backward announces it."""
-    if not need or gradient is None or like is None:
+    if not need or like is None:
         return torch.empty(0)
+    if gradient is None:
+        raise RuntimeError("a backend left out a gradient that it was asked for")
     fake = torch.empty_like(like)
     return gradient if gradient.stride() == fake.stride() else fake.copy_(gradient)
 
@@ -173,7 +176,7 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> Arguments:
     given = Gradients(*(cotangent if need else None for cotangent, need in zip(cotangents, needed, strict=True)))
     if all(cotangent is None for cotangent in given):
         return (None,) * (TENSORS + 4 + len(ctx.scalars))
-    found = blockwise.double_backward(given, dout, dlse, q, k, v, out, lse, _problem(q, k, v, (*options, *scalars)))
+    found = second_derivative.double_backward(given, dout, dlse, q, k, v, out, lse, _problem(q, k, v, (*options, *scalars)))
     return found + (None,) * (TENSORS + 4 + len(ctx.scalars) - len(found))
 
 
@@ -251,34 +254,6 @@ def _gated(function: type[torch.autograd.Function], operator: Callable[..., Any]
     return kernel
 
 
-def _batched(operator: Callable[..., tuple[Tensor, ...]], first_option: int) -> Callable[..., Any]:
-    """The operator's vmap rule: fold the new dimension into batch where only dense operands have it, else run once an element."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        size = info.batch_size
-        tensors = [x for x in arguments[first_option : first_option + 9] if isinstance(x, Tensor)]
-        if tensors:
-            each = [operator(*(_element(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True))) for i in range(size)]
-            outputs = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-        else:
-            folded = operator(*(_fold(x, dim, size) for x, dim in zip(arguments, in_dims, strict=True)))
-            outputs = tuple(x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, *x.shape) for x in folded)
-        return outputs, (0,) * len(outputs)
-
-    return rule
-
-
-def _element(argument: Any, dim: int | None, index: int) -> Any:
-    return argument.select(dim, index) if isinstance(argument, Tensor) and dim is not None else argument
-
-
-def _fold(argument: Any, dim: int | None, size: int) -> Any:
-    if not isinstance(argument, Tensor):
-        return argument
-    stacked = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-    return stacked.flatten(0, 1)
-
-
 def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
     """2 (head_dim + head_dim_v) for every pair, visible or not, as PyTorch counts its own attention."""
     rows = q[0] * q[1] * (q[2] if len(q) == 4 else 1)
@@ -295,7 +270,7 @@ library.impl("forward", _gated(Attention, forward_op, slice(0, 6)), "Autograd")
 library.impl("backward", _gated(AttentionBackward, backward_op, slice(0, 10)), "Autograd")
 torch.library.register_fake("fused_attention::forward", _fake_forward, lib=library)
 torch.library.register_fake("fused_attention::backward", _fake_backward, lib=library)
-torch.library.register_vmap("fused_attention::forward", _batched(forward_op, 3), lib=library)
-torch.library.register_vmap("fused_attention::backward", _batched(backward_op, 7), lib=library)
+torch.library.register_vmap("fused_attention::forward", batched(forward_op, 3), lib=library)
+torch.library.register_vmap("fused_attention::backward", batched(backward_op, 7), lib=library)
 register_flop_formula(forward_op.overloadpacket)(_forward_flops)
 register_flop_formula(backward_op.overloadpacket)(_backward_flops)

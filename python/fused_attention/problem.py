@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FAR = 2**61  # a window or offset beyond it means the same as it, and sums of two stay inside int64
+
 
 class AttentionOutput(NamedTuple):
     """out (batch, heads, seqlen_q, head_dim_v) and the natural-log lse (batch, heads, seqlen_q).

@@ -26,8 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOut
         blind = ~visible.any(-1, keepdim=True)
         q = q.masked_fill(blind, 0.0)  # of a row that sees nothing not even a nan counts, in no gradient either
     scores = masked_scores(q, k, visible, problem, where, EVERYTHING)
-    lse = _log_sum_exp(scores, problem)
-    weights = _weights(scores, lse)
+    weights, lse = _softmax(scores, problem)
     factor = pairs.dropout_factor(problem, where, EVERYTHING)
     out = _weigh(weights if factor is None else weights * factor, v, visible, problem)
     out = (out if visible is None else out.masked_fill(blind, 0.0)).to(problem.dtype)
@@ -51,7 +50,9 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, problem: Problem, avera
 
 def _weights_of_rows(q: Tensor, k: Tensor, lse: Tensor, problem: Problem, where: Geometry, tile: Tile) -> Tensor:
     visible = pairs.visible(problem, where, tile)
-    weights = _weights(masked_scores(q[:, :, tile.rows], k, visible, problem, where, tile), lse[:, :, tile.rows])
+    weights, own = _softmax(masked_scores(q[:, :, tile.rows], k, visible, problem, where, tile), problem)
+    # exp(scores - lse), but rows sum to 1 also where lse is too large for its last digits to matter.
+    weights = weights * torch.exp(_finite(own) - _finite(lse[:, :, tile.rows]))[..., None]
     factor = pairs.dropout_factor(problem, where, tile)
     return weights if factor is None else weights * factor
 
@@ -68,22 +69,26 @@ def masked_scores(q: Tensor, k: Tensor, visible: Tensor | None, problem: Problem
     return scores if visible is None else scores.masked_fill(broken, torch.nan).masked_fill(~visible, NEG_INF)
 
 
-def _log_sum_exp(scores: Tensor, problem: Problem) -> Tensor:
-    """The natural logarithm, with the sink as one more logit; -inf for a row that sees nothing."""
+def _softmax(scores: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Probabilities of the keys, and lse; the sink is one more logit. A row that sees nothing has 0 and -inf."""
     logits = scores
     if problem.sinks is not None:
         sinks = problem.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         logits = torch.cat((scores, sinks), dim=-1)
     if logits.shape[-1] == 0:
-        return logits.new_full(logits.shape[:3], NEG_INF)
-    empty = (logits == NEG_INF).all(-1)
-    # The derivative of logsumexp is nan on a row of -inf, so such a row is given another and its result replaced.
-    return torch.logsumexp(logits.masked_fill(empty[..., None], 0.0), dim=-1).masked_fill(empty, NEG_INF)
+        return logits, logits.new_full(logits.shape[:3], NEG_INF)
+    # -inf - -inf would be nan: a row that sees nothing is measured from 0.
+    pivot = _finite(logits.detach().amax(-1))
+    exponentials = torch.exp(logits - pivot[..., None])
+    total = exponentials.sum(-1)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    weights = exponentials[..., : scores.shape[-1]] / total[..., None]
+    return weights, (pivot + torch.log(total)).masked_fill(empty, NEG_INF)
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    # -inf - -inf would be nan: a row that sees nothing has weights exp(-inf - 0) = 0.
-    return torch.exp(scores - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
+def _finite(lse: Tensor) -> Tensor:
+    return lse.masked_fill(lse == NEG_INF, 0.0)
 
 
 def _weigh(weights: Tensor, v: Tensor, visible: Tensor | None, problem: Problem) -> Tensor:

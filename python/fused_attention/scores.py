@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import dropout
-from .problem import Problem
+from .problem import FAR, Problem
 
 NEG_INF = float("-inf")
-FAR = 2**61  # windows and offsets beyond it can be cut to it: sums of two stay inside int64
 
 
 class Geometry(NamedTuple):
@@ -54,9 +53,9 @@ def visible(problem: Problem, where: Geometry, tile: Tile) -> Tensor | None:
     aligned, col = part(where.aligned, tile), part(where.col, tile)
     conditions = []
     if problem.window_left is not None:
-        conditions.append(col >= aligned - min(problem.window_left, FAR))
+        conditions.append(col >= aligned - problem.window_left)
     if problem.window_right is not None:
-        conditions.append(col <= aligned + min(problem.window_right, FAR))
+        conditions.append(col <= aligned + problem.window_right)
     if where.key_visible is not None:
         conditions.append(part(where.key_visible, tile))
     if where.member_of_row is not None and where.member_of_col is not None:
@@ -106,7 +105,7 @@ def dropout_factor(problem: Problem, where: Geometry, tile: Tile) -> Tensor | No
     if problem.dropout_p == 0 or problem.dropout_seed is None:
         return None
     stream, row, col = (part(index, tile) for index in (where.stream, where.row, where.col))
-    kept = dropout.keep(problem.dropout_seed, stream, row, col, problem.dropout_p)
+    kept = dropout.keep(problem.dropout_seed, stream, row, col, problem.dropout_p, None if problem.packed else tile.cols.start or 0)
     return kept.to(problem.accumulate_dtype) * (1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0)
 
 
@@ -192,14 +191,15 @@ def static_offset(problem: Problem) -> int | None:
     if isinstance(problem.offset, Tensor) or problem.packed:
         return None
     if problem.offset is not None:
-        return max(-FAR, min(problem.offset, FAR))
+        return problem.offset
     return problem.seqlen_k - problem.seqlen_q if problem.kv_lengths is None else None
 
 
 def _place(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The member of each packed row, and its position in it; rows past the last member get the number of members."""
+    """The member of each packed row, and its position in it; rows of no member get the number of members."""
     rows = torch.arange(total, device=cu_seqlens.device)
     member = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    member = torch.where(rows < cu_seqlens[0], cu_seqlens.shape[0] - 1, member)
     return member, rows - cu_seqlens[member]
 
 
@@ -219,6 +219,6 @@ def _offset(problem: Problem, default: Tensor) -> Tensor:
     if problem.offset is None:
         return default
     if not isinstance(problem.offset, Tensor):
-        return torch.full_like(default, max(-FAR, min(problem.offset, FAR)))
+        return torch.full_like(default, problem.offset)
     given = problem.offset.to(torch.int64).clamp(-FAR, FAR)
     return pad(given, (0, default.shape[0] - given.shape[0]))

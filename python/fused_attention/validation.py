@@ -5,12 +5,10 @@ Shapes, dtypes and devices are checked, values on a device never: that would wai
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Layout, Problem
+from .problem import FAR, Gradients, Layout, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -59,7 +57,8 @@ def check(
         _check_per_head("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (batch, q.shape[1])))
     if sinks is not None:
         _check_per_head("sinks", sinks, q, ((q.shape[1],),))
-    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0.0 < softcap < math.inf):
+    largest = torch.finfo(torch.float64 if q.dtype is torch.float64 else torch.float32).max
+    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0.0 < softcap <= largest):
         raise ValueError(f"softcap is {softcap!r}, expected a finite number above 0, or None for no cap")
     _check_dropout(dropout_p, dropout_seed, q)
     return Problem(
@@ -68,10 +67,10 @@ def check(
         v=Layout.of(v),
         dtype=q.dtype,
         device=q.device,
-        scale=_check_scale(scale, q.shape[-1]),
+        scale=_check_scale(scale, q.shape[-1], largest),
         window_left=left,
         window_right=right,
-        offset=offset,
+        offset=offset if isinstance(offset, Tensor) else _near(offset),
         mask=mask,
         bias=bias,
         kv_lengths=kv_lengths,
@@ -97,6 +96,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor {layout}")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(
+                f"{name} is a {kind} tensor, expected a strided one {layout}; attention() alone takes nested tensors, all three"
+            )
         if tensor.dim() != rank:
             raise ValueError(f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}: expected {layout}")
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
@@ -138,7 +142,11 @@ def _check_window(causal: bool, window: tuple[int | None, int | None] | None) ->
             raise ValueError(f"window {name} is {side}, expected an int of at least 0, or None for unbounded (not -1)")
     if causal and right is not None and right > 0:
         raise ValueError(f"causal=True with window right {right}: a causal query sees no later key; pass 0 or None, or causal=False")
-    return left, 0 if causal else right
+    return _near(left), 0 if causal else _near(right)
+
+
+def _near(number: int | None) -> int | None:
+    return None if number is None else max(-FAR, min(number, FAR))
 
 
 def _check_index(name: str, tensor: Tensor | None, q: Tensor) -> None:
@@ -225,11 +233,11 @@ def _check_dropout(dropout_p: float, dropout_seed: Tensor | None, q: Tensor) -> 
     _check_device("dropout_seed", dropout_seed, q)
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
+def _check_scale(scale: float | None, head_dim: int, largest: float) -> float:
     if scale is None:
         return float(head_dim**-0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale is {scale!r}, expected a finite number, or None for head_dim ** -0.5")
-    if scale != scale or abs(scale) == math.inf:
-        raise ValueError(f"scale is {scale}, expected a finite number, or None for head_dim ** -0.5")
+    if scale != scale or abs(scale) > largest:
+        raise ValueError(f"scale is {scale}, expected a number that is finite in the scores' precision, or None for head_dim ** -0.5")
     return float(scale)

@@ -101,6 +101,15 @@ def check_broken_keys() -> None:
         check(inputs.changed(k=k, v=v).run(backend), inputs.truth())
 
 
+def check_broken_future() -> None:
+    from fused_attention import attention
+
+    q = torch.randn(1, 2, 8, 16)
+    v = torch.cat((q[:, :, :5], torch.full_like(q[:, :, 5:], torch.nan)), dim=2)
+    out = attention(q, q, v, causal=True, backend="torch")
+    torch.testing.assert_close(out[:, :, :5], attention(q, q, q, causal=True, backend="reference")[:, :, :5])
+
+
 CPU_CASES = (
     "long", "long-causal", "long-window", "base", "causal+gqa", "window-both", "kv-range-window", "kv-untrusted", "first-rows-empty",
     "far-offset", "offset-members", "head-dim-65", "head_dim_v", "no-visible-keys", "scale-zero", "scale", "many-heads", "layout-strided",
@@ -136,6 +145,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     check_merge,
     check_sdpa,
     check_broken_keys,
+    check_broken_future,
 )
 
 
@@ -147,7 +157,7 @@ def first_failure(copy: str) -> str | None:
         if not str(fused_attention.__file__).startswith(copy):
             return f"imported {fused_attention.__file__} instead of the copy"
         # A copy with compiled kernels was made for their sake. (Another one may find those of an editable installation.)
-        for run in (check_cpu_kernels,) if list(Path(copy).glob("fused_attention/_cpu*")) else CHECKS:
+        for run in (check_cpu_kernels,) if list(Path(copy).glob("fused_attention/_cpu*.so")) else CHECKS:
             run()
     except Exception:  # noqa: BLE001  # any failure at all is what a fault is looked for by
         return traceback.format_exc(limit=-1)

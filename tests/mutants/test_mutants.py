@@ -28,12 +28,8 @@ class Fault(NamedTuple):
 
 
 FAULTS: dict[str, Fault] = {
-    "causal-off-by-one": Fault(
-        "scores.py", "col <= aligned + min(problem.window_right, FAR)", "col < aligned + min(problem.window_right, FAR)"
-    ),
-    "window-left-off-by-one": Fault(
-        "scores.py", "col >= aligned - min(problem.window_left, FAR)", "col > aligned - min(problem.window_left, FAR)"
-    ),
+    "causal-off-by-one": Fault("scores.py", "col <= aligned + problem.window_right", "col < aligned + problem.window_right"),
+    "window-left-off-by-one": Fault("scores.py", "col >= aligned - problem.window_left", "col > aligned - problem.window_left"),
     "window-left-ignored": Fault("scores.py", "if problem.window_left is not None:", "if False:"),
     "kv-lengths-off-by-one": Fault("scores.py", "(col < end[:, None, None, None])", "(col <= end[:, None, None, None])"),
     "kv-start-ignored": Fault("scores.py", "(col >= start[:, None, None, None]) & ", ""),
@@ -58,7 +54,7 @@ FAULTS: dict[str, Fault] = {
     "dropout-ignores-the-head": Fault(
         "scores.py", "members * problem.heads + heads, key_visible", "members * problem.heads + 0 * heads, key_visible"
     ),
-    "dropout-wrong-word": Fault("dropout.py", "(cols & 3) == index", "(cols & 1) == index"),
+    "dropout-wrong-word": Fault("dropout.py", "torch.stack(words, dim=-1).flatten(-2)", "torch.stack(words[::-1], dim=-1).flatten(-2)"),
     "dropout-key-high-word": Fault("dropout.py", "(seed[0] >> 32) & WORD", "0 * seed[0]"),
     "acc-not-rescaled": Fault("blockwise.py", "acc = acc * rescale[..., None] + ", "acc = acc + "),
     "row-sum-not-rescaled": Fault("blockwise.py", "row_sum = row_sum * rescale + p.sum(-1)", "row_sum = row_sum + p.sum(-1)"),
@@ -73,9 +69,7 @@ FAULTS: dict[str, Fault] = {
     "delta-dropped": Fault("blockwise.py", " - delta[..., None]), visible, 0.0)", "), visible, 0.0)"),
     "dlse-dropped": Fault("blockwise.py", "(dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse", "(dout * out).sum(-1)"),
     "dlse-sign": Fault("blockwise.py", "else (dout * out).sum(-1) - dlse", "else (dout * out).sum(-1) + dlse"),
-    "scale-omitted-in-dq": Fault(
-        "blockwise.py", "q=pairs.weights_value(dscores, k) * problem.scale,", "q=pairs.weights_value(dscores, k),"
-    ),
+    "scale-omitted-in-dq": Fault("blockwise.py", "pairs.weights_value(dscores, k) * problem.scale", "pairs.weights_value(dscores, k)"),
     "scale-omitted-in-dk": Fault(
         "blockwise.py",
         "pairs.sum_over_queries(dscores, q, problem.kv_heads) * problem.scale",
@@ -83,31 +77,32 @@ FAULTS: dict[str, Fault] = {
     ),
     "softcap-derivative-omitted": Fault("blockwise.py", "ds * (1 - (capped / problem.softcap) ** 2)", "ds"),
     "bias-gradient-not-reduced": Fault("blockwise.py", "ds.sum_to_size(bias.shape)", "ds[tuple(slice(0, n) for n in bias.shape)]"),
-    "bias-gradient-of-the-last-tile": Fault("blockwise.py", "                total += part\n", "                total.copy_(part)\n"),
+    "bias-gradient-of-the-last-tile": Fault("blockwise.py", "            total += share\n", "            total.copy_(share)\n"),
     "slope-gradient-sign": Fault("blockwise.py", "(-ds * distance).sum_to_size(slopes.shape)", "(ds * distance).sum_to_size(slopes.shape)"),
     "sink-gradient-sign": Fault("blockwise.py", "return -(p * delta).sum((0, 2))", "return (p * delta).sum((0, 2))"),
-    "dropout-missing-in-dv": Fault(
-        "blockwise.py", "pairs.sum_over_queries(p if factor is None else p * factor, dout", "pairs.sum_over_queries(p, dout"
-    ),
+    "dropout-missing-in-dv": Fault("blockwise.py", "dropped = p if factor is None else p * factor", "dropped = p"),
     "dropout-missing-in-dp": Fault("blockwise.py", "(dp if factor is None else dp * factor)", "dp"),
     "hidden-nan-enters": Fault("scores.py", "tensor.masked_fill(broken[..., None], 0.0), broken", "tensor, broken"),
     "last-key-block-skipped": Fault(
         "blockwise.py", "range(first // BLOCK * BLOCK, last, BLOCK)", "range(first // BLOCK * BLOCK, max(last - BLOCK, 1), BLOCK)"
     ),
     "reference-sink-ignored": Fault("reference.py", "logits = torch.cat((scores, sinks), dim=-1)", "logits = scores"),
-    "reference-empty-row-guard": Fault("reference.py", "lse.masked_fill(lse == NEG_INF, 0.0)[..., None]", "lse[..., None]"),
+    "reference-empty-row-guard": Fault("reference.py", "return lse.masked_fill(lse == NEG_INF, 0.0)", "return lse"),
     "dropout-seed-ignored": Fault(
         "functional.py", "if problem.dropout_p > 0 and problem.dropout_seed is None:", "if problem.dropout_p > 0:"
     ),
-    "torch-kernel-takes-windows": Fault("torch_backend.py", "plain = not problem.hides and all(", "plain = all("),
+    "torch-kernel-takes-windows": Fault("torch_backend.py", "and (not problem.hides or _causal_from_the_first_key(problem))", ""),
+    "torch-kernel-takes-hidden-nans": Fault("torch_backend.py", "return not problem.hides or bool(", "return True or bool("),
     "torch-kernel-takes-other-values": Fault("torch_backend.py", " and problem.head_dim == problem.head_dim_v", ""),
     "torch-kernel-takes-softcap": Fault(
         "torch_backend.py", "problem.softcap, problem.sinks, problem.dropout_seed)", "problem.sinks, problem.dropout_seed)"
     ),
-    "torch-kernel-takes-dlse": Fault("torch_backend.py", "if fused(problem) and dlse is None:", "if fused(problem):"),
+    "torch-kernel-takes-dlse": Fault("torch_backend.py", "if fused(problem) and dlse is None and", "if fused(problem) and"),
     "scale-ignored": Fault("validation.py", "return float(scale)", "return float(head_dim**-0.5)"),
     "causal-ignores-the-window": Fault(
-        "validation.py", "return left, 0 if causal else right", "return None if causal else left, 0 if causal else right"
+        "validation.py",
+        "return _near(left), 0 if causal else _near(right)",
+        "return None if causal else _near(left), 0 if causal else _near(right)",
     ),
     "merge-without-sinks": Fault("merge.py", "    if sinks is not None:\n", "    if False:\n"),
     "sdpa-bottom-right": Fault("sdpa.py", 'options |= {"causal": True, "offset": 0}', 'options |= {"causal": True}'),

@@ -133,7 +133,12 @@ def test_the_wheel_made_from_the_sdist_holds_one_package(wheel: Path) -> None:
     held = names(wheel)
     assert {name.partition("/")[0].partition("-")[0] for name in held} == {"fused_attention"}
     assert f"fused_attention/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in held
-    assert {"fused_attention/py.typed", "fused_attention/_build_info.py", "fused_attention/benchmarks/__init__.py"} <= held
+    assert {
+        "fused_attention/py.typed",
+        "fused_attention/_cpu.pyi",
+        "fused_attention/_build_info.py",
+        "fused_attention/benchmarks/__init__.py",
+    } <= held
     assert not [name for name in held if name.endswith((".cpp", ".h", ".json", ".toml"))]
     assert sysconfig.get_config_var("SOABI").split("-")[1] in wheel.name.split("-")[2]
 
