@@ -92,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     for change in shown:
         print(change.describe(args.fail_if_slower))
+    alone = len(_rows(before)) - len(changes)
+    if alone:
+        print(f"{alone} rows of {args.before} are not in {args.after}, or measure other work there")
     if args.fail_if_slower is None:
         return 0
     worse = [change for change in changes if change.ours and (change.lost or change.slower_than(args.fail_if_slower))]
@@ -114,9 +117,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """A change for every row that both files have."""
+    """A change for every row that both files have, of the same work: a workload may change its shape and keep its name."""
     earlier, later = (_rows(content) for content in (before, after))
-    return [_change(key, row, later[key]) for key, row in earlier.items() if key in later]
+    return [_change(key, row, later[key]) for key, row in earlier.items() if key in later and row["flops"] == later[key]["flops"]]
 
 
 def _rows(content: dict[str, Any]) -> dict[Key, dict[str, Any]]:

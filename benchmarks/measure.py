@@ -29,6 +29,7 @@ class Row:
     direction: Direction
     contender: str
     ours: bool
+    flops: float = 0.0  # of one call
     backend: str | None = None
     timing: Timing | None = None
     flops_per_second: float | None = None
@@ -149,7 +150,7 @@ def _backward(run: Run) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def _row(entry: _Entry, workload: Workload, kind: Kind, dtype: str, direction: Direction, flops: float) -> Row:
-    row = Row(workload.name, kind, dtype, direction, entry.contender.name, entry.contender.ours)
+    row = Row(workload.name, kind, dtype, direction, entry.contender.name, entry.contender.ours, flops)
     if entry.run is None or entry.timings is None or entry.extra is None or entry.verdicts is None:
         # Ours has to run every workload; a rival may say that it cannot.
         return replace(row, reason=entry.reason, failed=entry.contender.ours)

@@ -1,6 +1,6 @@
-"""Imports go down only: the edges that the modules of fused_attention may have, and a check that reads every import.
+"""Imports go down only: the edges that the modules of fused_attention have, and a check that reads every import and finds just these.
 
-layers -> functional -> ops -> backend -> cpu_backend, torch_backend -> blockwise, reference -> scores -> dropout, problem
+layers -> functional -> ops -> backend -> cpu_backend, torch_backend -> blockwise -> scores -> dropout, problem
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "scores": {"dropout", "problem"},
     "reference": {"problem", "scores"},
     "blockwise": {"problem", "scores"},
-    "torch_backend": {"autocast", "blockwise", "problem", "reference", "scores"},
-    "cpu_backend": {"autocast", "blockwise", "problem", "reference", "scores"},
+    "torch_backend": {"autocast", "blockwise", "problem", "scores"},
+    "cpu_backend": {"problem"},
     "backend": {"cpu_backend", "problem", "torch_backend"},
-    "ops": {"backend", "blockwise", "problem"},
+    "batching": set(),
+    "second_derivative": {"blockwise", "problem", "scores"},
+    "ops": {"backend", "batching", "blockwise", "problem", "second_derivative"},
     "merge": {"problem"},
     "functional": {"autocast", "backend", "dropout", "ops", "problem", "reference", "validation"},
     "sdpa": {"functional"},
@@ -43,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {
     "cpu_backend": {"_cpu", "_build_info"},
-    "__main__": {"fused_attention", "testing", "benchmarks"},
+    "__main__": {"fused_attention", "testing", "benchmarks", "_cpu", "_build_info"},
 }
 GENERATED = {"_cpu", "_build_info"}  # modules that a build makes: no source here has their names
 # Other packages that may be needed to import a module; a runtime dependency is what every module may need.
@@ -52,7 +54,7 @@ EXTRAS = {"benchmarks": {"rich", "matplotlib", "pytest"}, "triton_kernels": {"tr
 
 
 class Import(NamedTuple):
-    """One imported module, by its whole name, and where."""
+    """One imported module, by its whole name, and where; a string that names one is for importlib, and as good as an import."""
 
     target: str
     lazy: bool  # inside a function
@@ -75,6 +77,7 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+NAMES = (MODULES.keys() | {f"fused_attention.{name}" for name in GENERATED}) - {"fused_attention"}  # strings that can only mean a module
 
 
 def imports(tree: ast.AST, module: str, is_package: bool, lazy: bool = False) -> Iterator[Import]:
@@ -90,6 +93,8 @@ def imports(tree: ast.AST, module: str, is_package: bool, lazy: bool = False) ->
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
                 yield Import(inner if inner in MODULES or alias.name in GENERATED else base, lazy, node.lineno)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES:
+            yield Import(node.value, True, node.lineno)
         inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from imports(node, module, is_package, inside)
 
@@ -120,6 +125,45 @@ def test_the_table_names_no_module_that_is_gone() -> None:
     assert set(ALLOWED) == {unit(name) for name in MODULES}
 
 
+def edges(sources: dict[str, str]) -> dict[bool, dict[str, set[str]]]:
+    """What each row of the table imports of the others, when it is loaded (False) and in functions alone (True)."""
+    rows = [unit(module) for module in MODULES]
+    found: dict[bool, dict[str, set[str]]] = {lazy: {row: set() for row in rows} for lazy in (False, True)}
+    for module, source in sources.items():
+        row = unit(module)
+        for target, lazy, _ in imports(ast.parse(source), module, MODULES[module].name == "__init__.py"):
+            if target.partition(".")[0] == "fused_attention" and unit(target) != row:
+                found[lazy][row].add(unit(target))
+    for row, eager in found[False].items():
+        found[True][row] -= eager
+    return found
+
+
+def unused(sources: dict[str, str]) -> list[str]:
+    """The allowances that no import needs, one sentence each."""
+    found = edges(sources)
+    return [
+        f"{row} may import {target}{' in a function' if lazy else ''}, and no module of it does: take it from the table"
+        for lazy, table in ((False, ALLOWED), (True, LAZY))
+        for row, targets in table.items()
+        for target in sorted(targets - found[lazy][row])
+    ]
+
+
+def test_every_allowance_is_used() -> None:
+    found = unused({name: path.read_text() for name, path in MODULES.items()})
+    assert not found, "\n".join(found)
+
+
+def test_an_unused_allowance_is_seen() -> None:
+    sources = {name: path.read_text() for name, path in MODULES.items()}
+    without = {name: "" if unit(name) in ("merge", "__main__") else source for name, source in sources.items()}
+    lost = set(unused(without)) - set(unused(sources))
+    assert {line.partition(",")[0] for line in lost} == {"merge may import problem"} | {
+        f"__main__ may import {target} in a function" for target in LAZY["__main__"]
+    }
+
+
 def test_the_table_has_no_cycle() -> None:
     done: set[str] = set()
     while len(done) < len(ALLOWED):
@@ -145,6 +189,9 @@ def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
         ("fused_attention.cpu_backend", "def f():\n    from . import _cpu", False),
         ("fused_attention.torch_backend", "def f():\n    from . import _cpu", True),
         ("fused_attention.torch_backend", "import fused_attention.cpu_backend", True),
+        ("fused_attention.torch_backend", "import_module('fused_attention.cpu_backend')", True),
+        ("fused_attention.__main__", "import_module('fused_attention._cpu')", False),
+        ("fused_attention.torch_backend", "library = 'fused_attention'", False),
         ("fused_attention.layers.masks", "from ..functional import attention", False),
         ("fused_attention.layers.masks", "from fused_attention import attention", True),
         ("fused_attention.layers.masks", "if True:\n    from fused_attention.testing import oracle", True),

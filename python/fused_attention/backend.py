@@ -102,8 +102,13 @@ def choose(problem: Problem, requested: str | None) -> str:
     """
     if requested is None:
         candidates = ORDER.get(problem.device.type, ELSEWHERE)
-        able = [name for name in candidates if unable(name, problem) is None]
-        return next((name for name in able if KERNELS[name].slower(problem) is None), able[0])
+        able = (name for name in candidates if unable(name, problem) is None)
+        slow = []
+        for name in able:
+            if KERNELS[name].slower(problem) is None:
+                return name
+            slow.append(name)
+        return slow[0]
     if requested != REFERENCE and requested not in KERNELS:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, (*KERNELS, REFERENCE)))}, or None to choose")
     reason = unable(requested, problem)

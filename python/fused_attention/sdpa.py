@@ -11,6 +11,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from .functional import attention
 
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -28,10 +30,13 @@ def scaled_dot_product_attention(
     attend; or floating, added, and differentiable; or torch.nn.attention.bias.CausalBias. dropout_p applies whenever it is above 0.
 
     Raises:
+        TypeError: query, key, value or attn_mask is no tensor, is_causal or enable_gqa no bool, dropout_p or scale no number.
         RuntimeError: where PyTorch raises one: dtypes or devices that differ, less than 2 dimensions, attn_mask together with
-            is_causal, heads that do not divide, shapes that do not match.
+            is_causal, heads that do not divide, shapes that do not match; and for a CausalBias of other lengths than query's and
+            key's, which PyTorch ignores wherever it can take the bias for is_causal.
     """
-    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    _check_types(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    _check(query, key, value, attn_mask, is_causal, enable_gqa)
     options: dict[str, Any] = {"dropout_p": float(dropout_p), "scale": scale}
     try:
         lead, (q, k, v) = _as_4d(query, key, value, enable_gqa)
@@ -49,9 +54,28 @@ def scaled_dot_product_attention(
     return out.reshape(*lead, *out.shape[-2:])
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
+def _check_types(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "attn_mask"):
+            raise TypeError(f"scaled_dot_product_attention: {name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"scaled_dot_product_attention: {name} is {flag!r}, expected True or False")
+    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
+        if not isinstance(number, NUMBERS) and (number is not None or name != "scale"):
+            raise TypeError(f"scaled_dot_product_attention: {name} is {number!r}, expected a number")
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> None:
     if not (query.dtype == key.dtype == value.dtype) and not torch.is_autocast_enabled(query.device.type):
         raise RuntimeError(
             "Expected query, key, and value to have the same dtype, "
@@ -68,7 +92,13 @@ def _check(
         return
     if is_causal:
         raise RuntimeError("scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True")
-    if not isinstance(attn_mask, CausalBias) and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+    if isinstance(attn_mask, CausalBias):
+        if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+            raise RuntimeError(
+                f"attn_mask is a CausalBias for {attn_mask.seq_len_q} queries and {attn_mask.seq_len_kv} keys, "
+                f"but query has {query.shape[-2]} and key {key.shape[-2]}: build the bias for these lengths"
+            )
+    elif attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(
             "Expected attn_mask dtype to be bool or float or to match query dtype, "
             f"but got attn_mask.dtype: {attn_mask.dtype} and query.dtype: {query.dtype} instead."

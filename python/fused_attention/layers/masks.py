@@ -3,7 +3,8 @@
     mask = not attn_mask and not key_padding_mask      of the bool ones: there True hides, here True may attend
     bias = attn_mask + key_padding_mask                of the floating ones, added to the scores
 
-so that a mask stays a byte an element, and is never copied for batch members or heads that share it.
+so that a mask stays a byte an element, and heads that share an attn_mask share one copy of it. So do batch members, unless a
+key_padding_mask of the same kind joins it: the two together are (batch, 1, seqlen_q, seqlen_k).
 """
 
 from typing import NamedTuple

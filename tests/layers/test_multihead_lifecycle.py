@@ -1,0 +1,85 @@
+"""MultiHeadAttention over its life: changed between calls, saved and loaded, copied, built without memory, quantised around."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attention.layers import MultiHeadAttention
+
+EMBED_DIM, HEADS, BATCH, SEQLEN_Q, SEQLEN_K = 12, 3, 2, 5, 7
+
+
+def build(options, cls=MultiHeadAttention, dtype=torch.float64):
+    torch.manual_seed(0)
+    return cls(EMBED_DIM, HEADS, **options, dtype=dtype)
+
+
+def build_pair(options):
+    """The same weights in both, with biases that are not zero."""
+    stock, ours = build(options, nn.MultiheadAttention), build(options)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def inputs(module):
+    draw = torch.Generator().manual_seed(1)
+    shapes = [(BATCH, seqlen) if module.batch_first else (seqlen, BATCH) for seqlen in (SEQLEN_Q, SEQLEN_K, SEQLEN_K)]
+    return tuple(torch.randn(*shape, EMBED_DIM, generator=draw, dtype=torch.float64) for shape in shapes)
+
+
+def test_parameters_and_options_are_read_at_every_call():
+    stock, ours = build_pair({"dropout": 0.9})
+    tensors = inputs(ours)
+    ours(*tensors)
+    for module in (stock, ours):
+        module.dropout = 0.0
+        module.in_proj_weight = nn.Parameter(module.in_proj_weight.detach() * 2)
+        module.out_proj.weight.data = module.out_proj.weight.data.flip(0)
+        module.in_proj_bias.data.add_(0.5)
+    torch.testing.assert_close(ours(*tensors), stock(*tensors))
+
+
+def test_old_checkpoints_without_the_shared_dimension_flag_load():
+    ours = build({})
+    state = ours.__dict__.copy()
+    del state["_qkv_same_embed_dim"]
+    loaded = MultiHeadAttention.__new__(MultiHeadAttention)
+    loaded.__setstate__(state)
+    tensors = inputs(ours)
+    torch.testing.assert_close(loaded(*tensors), ours(*tensors), rtol=0, atol=0)
+
+
+def test_pickle_deepcopy_and_repr():
+    stock, ours = build_pair({"add_bias_kv": True})
+    tensors = inputs(ours)
+    expected = ours(*tensors)
+    for twin in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert type(twin) is MultiHeadAttention
+        torch.testing.assert_close(twin(*tensors), expected, rtol=0, atol=0)
+    assert repr(ours).replace("MultiHeadAttention", "MultiheadAttention") == repr(stock)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_meta_device(need_weights):
+    ours = build({"batch_first": True}).to("meta")
+    tensors = [tensor.to("meta") for tensor in inputs(ours)]
+    padding = torch.zeros(BATCH, SEQLEN_K, dtype=torch.bool, device="meta")
+    out, weights = ours(*tensors, need_weights=need_weights, key_padding_mask=padding, is_causal=True)
+    assert out.is_meta
+    assert out.shape == tensors[0].shape
+    assert weights is None or weights.shape == (BATCH, SEQLEN_Q, SEQLEN_K)
+    ours.to_empty(device="cpu")._reset_parameters()
+    assert all(torch.isfinite(parameter).all() for name, parameter in ours.named_parameters() if name.startswith("in_proj"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_dynamic_quantisation_leaves_the_output_projection():
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(build({}, dtype=torch.float32)), {nn.Linear})
+    assert type(quantised[0]) is MultiHeadAttention
+    assert type(quantised[0].out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
