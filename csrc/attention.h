@@ -16,10 +16,10 @@ struct View {
 constexpr int64_t kUnbounded = -1;  // of a window
 
 struct AttentionParams {
-  View q, k, v, out;          // (batch, heads or kv_heads, seqlen, head_dim or head_dim_v)
-  View dout, dq, dk, dv;      // backward only
-  float* lse;                 // (batch, heads, seqlen_q), contiguous: written by forward, read by backward
-  const float* dlse;          // like lse; null where nothing depends on lse
+  View q, k, v, out;      // (batch, heads or kv_heads, seqlen, head_dim or head_dim_v)
+  View dout, dq, dk, dv;  // backward only
+  float* lse;             // (batch, heads, seqlen_q), contiguous: written by forward, read by backward
+  const float* dlse;      // like lse; null where nothing depends on lse
   int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
   float scale;
   int64_t window_left, window_right;  // or kUnbounded

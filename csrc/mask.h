@@ -1,6 +1,7 @@
 // Which pairs are visible: every row sees an interval of keys, and intervals of neighbouring rows are one key apart.
 //
-//   row i sees [max(start, i + first), min(end, i + last + 1))     first = offset - window_left, last = offset + window_right
+//   row i sees [max(start, i + first), min(end, i + last + 1))
+//   first = offset - window_left, last = offset + window_right
 #pragma once
 
 #include "attention.h"
@@ -46,7 +47,8 @@ struct Visibility {
   }
 };
 
-// The values are untrusted: lengths are cut to [0, seqlen_k], and far offsets and windows so that sums stay inside int64.
+// The values are untrusted: lengths are cut to [0, seqlen_k], and far offsets and windows so that sums stay inside
+// int64.
 HOST_DEVICE inline Visibility visibility(const AttentionParams& p, int64_t batch) {
   constexpr int64_t kFar = int64_t{1} << 61;
   const int64_t start = p.starts ? clamp(p.starts[batch * p.kv_stride], 0, p.seqlen_k) : 0;

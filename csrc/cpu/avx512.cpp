@@ -3,11 +3,11 @@
 
 #if defined(__x86_64__)
 #define ISA_AVX512
-#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #if defined(__clang__)
 #pragma clang attribute push(ISA_TARGET, apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
 
 namespace {

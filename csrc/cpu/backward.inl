@@ -3,7 +3,7 @@
 //   P' = exp2(K Q' - lse)     dS' = P' (V dO' - delta)
 //   dv += P' dout             dk += scale dS' q             dQ' += scale K' dS'         (' is transposed)
 //
-// A key block owns its rows of dk and dv. Every key block adds to dQ', and always in the order of the keys, whatever the threads.
+// A key block owns its rows of dk and dv. All of them add to dQ', in the order of the keys whatever the threads.
 
 // Some keys of a head, and their gradients as far as they are summed.
 struct KeyBlock {
@@ -27,7 +27,8 @@ struct KeyBlock {
         dk_row(blocks_of(kWidth, p.head_dim) * kWidth),
         dv_row(blocks_of(kWidth, p.head_dim_v) * kWidth) {
     const int64_t count = keys.hi - keys.lo;
-    finite = all_rows_finite(k, count, p.k.seq, p.head_dim, p.k.dim) && all_rows_finite(v, count, p.v.seq, p.head_dim_v, p.v.dim);
+    finite = all_rows_finite(k, count, p.k.seq, p.head_dim, p.k.dim) &&
+             all_rows_finite(v, count, p.v.seq, p.head_dim_v, p.v.dim);
     weights = arena.floats(size_t(kBlockN * (2 * kBlockM + dk_row + dv_row)));
     dscores = weights + kBlockN * kBlockM;
     dk = dscores + kBlockN * kBlockM, dv = dk + kBlockN * dk_row;
@@ -50,7 +51,7 @@ struct KeyBlock {
   }
 
  private:
-  // Keys that some of the rows see, counted from the first one; in whole tiles, so that add_rows finds its tiles complete.
+  // Keys that some of the rows see, counted from the first one, and in whole tiles: add_rows reads such tiles.
   Interval seen_by(Interval rows) const {
     const Interval seen = visible.keys_of_any(rows).intersect(keys);
     if (seen.empty()) return {0, 0};
@@ -118,7 +119,10 @@ struct KeyBlock {
   // dQ' += K' dS', when all key blocks before this one have done so.
   void add_to_dq(Interval rows, int64_t m, int64_t n, bool guarded) {
     std::atomic<int32_t>& turn = head.scratch.turn[m];
-    while (turn.load(std::memory_order_acquire) != n) std::this_thread::yield();
+    while (turn.load(std::memory_order_acquire) != n) {
+      if (head.failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
+      std::this_thread::yield();
+    }
     for (int64_t first = rows.lo; first < rows.hi; first += kLanes)
       add_to_lane_block(first, dscores + first - rows.lo, seen_by({first, smaller(first + kLanes, rows.hi)}), guarded);
     turn.store(int32_t(n + 1), std::memory_order_release);
@@ -154,15 +158,18 @@ struct KeyBlock {
   }
 };
 
-void add_key_block(const BackwardHead& head, int64_t n) {
+void add_key_block(const BackwardHead& head, int64_t n) try {
   static thread_local Arena arena;
   KeyBlock block(head, n, arena);
   const Interval rows = head.visible.rows_of_any(block.keys, head.p.seqlen_q);
   for (int64_t m = rows.lo / kBlockM; m * kBlockM < rows.hi; ++m) block.add_query_block(m, n);
   block.store_gradients(head.head % (head.p.heads / head.p.kv_heads) != 0);
+} catch (...) {
+  head.failed = true;  // or the blocks after this one would wait for its turn for ever
+  throw;
 }
 
-// Enough heads: each thread takes the query heads of a kv head, one after another. Else the threads share the blocks of a head.
+// Each thread takes the query heads of a kv head, one after another; or they share the blocks of one head, if few.
 void backward(const AttentionParams& p, int threads) {
   if (p.batch == 0 || p.heads == 0) return;
   const double flops = 5.0 * p.batch * p.heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v);

@@ -1,14 +1,14 @@
-// What the key blocks of one query head share in backward, and its preparation: q and dout transposed, row statistics, dQ'.
+// What the key blocks of one query head share in backward: q and dout transposed, statistics of the rows, dQ'.
 //
 //   delta = rowsum(dout out) - dlse
 
 constexpr int kBlockM = kLanes < 24 ? 4 * kLanes : 2 * kLanes;
 
-// Memory proportional to the queries, in blocks of kLanes of them ("lane blocks"): the size, then the arrays.
+// Memory proportional to the queries, which come in blocks of kLanes ("lane blocks").
 struct HeadScratch {
-  int64_t q_row, dout_row;     // row lengths of the copies below; 0 where the tensors' own rows serve
-  float *qt, *dout_t, *dq_t;   // [lane block][dim][lane]; qt holds scale log2(e) q
-  float *lse, *lse_rest;       // their sum is lse in base 2; +inf for a row that sees nothing, so that its p is 0
+  int64_t q_row, dout_row;    // row lengths of the copies below; 0 where the tensors' own rows serve
+  float *qt, *dout_t, *dq_t;  // [lane block][dim][lane]; qt holds scale log2(e) q
+  float *lse, *lse_rest;      // their sum is lse in base 2; +inf for a row that sees nothing, so that its p is 0
   float* delta;
   float *q_rows, *dout_rows;   // [query][dim] in whole vectors
   std::atomic<int32_t>* turn;  // of a query block: the key block that adds to dQ' next
@@ -36,9 +36,15 @@ struct BackwardHead {
   int64_t batch, head, kv_head;
   Visibility visible;
   HeadScratch scratch;
+  mutable std::atomic<bool> failed{false};  // a key block found no memory
 
   BackwardHead(const AttentionParams& params, int64_t b, int64_t h, Arena& arena)
-      : p(params), batch(b), head(h), kv_head(h / (p.heads / p.kv_heads)), visible(visibility(p, b)), scratch(p, arena) {}
+      : p(params),
+        batch(b),
+        head(h),
+        kv_head(h / (p.heads / p.kv_heads)),
+        visible(visibility(p, b)),
+        scratch(p, arena) {}
 
   Interval rows_of(int64_t query_block) const {
     return Interval{query_block * kBlockM, (query_block + 1) * kBlockM}.intersect({0, p.seqlen_q});
@@ -46,7 +52,9 @@ struct BackwardHead {
 
   // Rows for the broadcast side's partner, which is loaded in vectors: the tensor's or the copy's.
   Rows q_rows() const { return scratch.q_row ? Rows{scratch.q_rows, scratch.q_row} : rows_in_place(p.q); }
-  Rows dout_rows() const { return scratch.dout_row ? Rows{scratch.dout_rows, scratch.dout_row} : rows_in_place(p.dout); }
+  Rows dout_rows() const {
+    return scratch.dout_row ? Rows{scratch.dout_rows, scratch.dout_row} : rows_in_place(p.dout);
+  }
   Rows rows_in_place(const View& x) const { return {x.head_of(batch, head), x.seq}; }
 
   // Everything of a query block that does not depend on keys.
@@ -80,7 +88,8 @@ struct BackwardHead {
   }
 
   INLINE void load_lane_block(const View& x, int64_t dims, float scale, int64_t first, float* to) const {
-    load_transposed<kTileVectors>(to + first * dims, dims, x.dim, scale, [&](int lane) { return row(x, first + lane); });
+    load_transposed<kTileVectors>(to + first * dims, dims, x.dim, scale,
+                                  [&](int lane) { return row(x, first + lane); });
   }
 
   void copy_rows(const View& x, int64_t dims, Interval rows, float* to, int64_t to_row) const {

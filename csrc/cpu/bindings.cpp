@@ -1,4 +1,5 @@
-// fused_attention._cpu: the kernels as Python functions on addresses and strides. It checks nothing; cpu_backend.py does.
+// fused_attention._cpu: the kernels as Python functions on addresses and strides. It checks nothing; cpu_backend.py
+// does.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"

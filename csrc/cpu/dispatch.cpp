@@ -13,6 +13,9 @@ struct Choice {
 };
 
 const Kernels& choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
   // Widest first.
   const Choice choices[] = {
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// Every standard header of the kernels. They must come before a target pragma: an inline function of theirs compiled for AVX-512 could
-// be the copy that the linker keeps for the whole process.
+// Every standard header of the kernels. They must come before a target pragma: an inline function of theirs compiled
+// for AVX-512 could be the copy that the linker keeps for the whole process.
 #pragma once
 
 #include <atomic>

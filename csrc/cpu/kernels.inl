@@ -1,9 +1,16 @@
-// Every kernel for one instruction set: included inside a namespace by avx512.cpp, avx2.cpp and baseline.cpp.
-#include "vec.h"
-// (above: vectors; below: what is built of them)
-#include "layout.inl"
-#include "mask.inl"
-#include "tile.inl"
-#include "forward.inl"
-#include "backward_head.inl"
-#include "backward.inl"
+// Every kernel for one instruction set, from the vectors up: included in a namespace by avx512.cpp, avx2.cpp and
+// baseline.cpp.
+
+#if !defined(__clang__)
+#pragma GCC optimize("O3")  // a build that ends in -O2 would lose 7 to 13 %
+#endif
+
+// clang-format off: each file uses what the ones before it define.
+#include "cpu/vec.h"
+#include "cpu/tile.inl"
+#include "cpu/mask.inl"
+#include "cpu/layout.inl"
+#include "cpu/forward.inl"
+#include "cpu/backward_head.inl"
+#include "cpu/backward.inl"
+// clang-format on

@@ -1,4 +1,4 @@
-// Between tensors of any strides and the kernels' scratch: blocks of queries with one lane each, that is transposed.
+// Between tensors of any strides and the kernels' scratch, where queries are lanes: everything there is transposed.
 
 // Rows that can be loaded in whole vectors.
 struct Rows {

@@ -1,4 +1,4 @@
-// Threads and scratch memory: loops over independent tasks on OpenMP's pool, which is PyTorch's own, and one arena a thread.
+// Threads and scratch memory: loops on OpenMP's pool, which is PyTorch's own, and one arena a thread.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,14 @@
 #include <omp.h>
 #endif
 
-// Calls task(i) for i in [0, count), in order where there is one thread. Rethrows what a task throws.
+// Calls task(i) for i in [0, count), begun in this order: a task may wait for those before it. Rethrows what one
+// throws.
 template <class Task>
-void parallel_for(int64_t count, int threads, const Task& task) {
+void parallel_for(int64_t count, [[maybe_unused]] int threads, const Task& task) {
 #if defined(_OPENMP)
   if (threads > 1 && count > 1 && !omp_in_parallel()) {
     std::exception_ptr failure;
-#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, count))) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, count))) schedule(monotonic : dynamic, 1)
     for (int64_t i = 0; i < count; ++i) {
       try {
         task(i);

@@ -9,7 +9,7 @@
 constexpr int kTileRows = 8, kTileVectors = 2;
 #elif defined(ISA_AVX2)  // 16
 constexpr int kTileRows = 4, kTileVectors = 3;
-#else  // 16, and a product needs one for itself where there is no FMA
+#else                    // 16, and a product needs one for itself where there is no FMA
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 constexpr int kLanes = kTileVectors * kWidth;
@@ -30,7 +30,6 @@ struct Broadcast {
   int64_t row, step;
 
   INLINE Broadcast rows_from(int64_t m) const { return {data + m * row, row, step}; }
-  INLINE Broadcast steps_from(int64_t k) const { return {data + k * step, row, step}; }
 };
 
 template <int M, int N>

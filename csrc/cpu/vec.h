@@ -1,9 +1,8 @@
 // A vector of kWidth floats on the compiler's vector extensions; the only file that names instructions.
 //
-// The including file defines ISA_AVX512, ISA_AVX2 or ISA_BASELINE and ISA_TARGET, the function attribute that allows its instructions.
-// (Macros of our own: g++ up to 12 does not define __AVX512F__ after a target pragma.)
+// The including file defines ISA_AVX512, ISA_AVX2 or ISA_BASELINE and ISA_TARGET, the function attribute that allows
+// its instructions. (Macros of our own: g++ up to 12 does not define __AVX512F__ after a target pragma.)
 #pragma once
-
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline)) ISA_TARGET
@@ -34,8 +33,9 @@ INLINE Vec broadcast_from(const float* from) {
 #endif
 }
 
-// a * b + c, fused where the machine can. Elsewhere too compilers fuse `a * b + c`, but not where a select follows or where they
-// could fuse another product instead: what must have the same bits in every lane and variant of a kernel says so.
+// a * b + c, fused where the machine can. Elsewhere too compilers fuse `a * b + c`, but not where a select follows or
+// where they could fuse another product instead: what must have the same bits in every lane and variant of a kernel
+// says so.
 INLINE Vec fused(Vec a, Vec b, Vec c) {
 #if defined(ISA_AVX512)
   return _mm512_fmadd_ps(a, b, c);
@@ -68,7 +68,7 @@ INLINE Vec exp2(Vec x) {
   const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Vec floor = broadcast(-127.0f);
-  x = x < floor ? floor : x;  // a NaN stays
+  x = x < floor ? floor : x;          // a NaN stays
   const Vec shifted = x + 0x1.8p23f;  // puts the rounded x into the lowest bits
   const Vec n = shifted - 0x1.8p23f;
 #endif
@@ -89,8 +89,8 @@ INLINE Vec log(Vec x) {
   const Vec e = __builtin_convertvector((IntVec)bits >> 23, Vec);
   const Vec f = (Vec)((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
   Vec p = broadcast(7.0376836292e-2f);
-  for (const float coefficient : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
-                                  2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f, -0.5f})
+  for (const float coefficient : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                  -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f, -0.5f})
     p = fused(p, f, broadcast(coefficient));
   Vec result = fused(f * f, p, f);
   result = fused(e, broadcast(-2.12194440e-4f), result);

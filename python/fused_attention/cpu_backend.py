@@ -47,6 +47,8 @@ class CpuBackend:
         return f"{given} is given, and the cpu backend has no kernel for it" if given else None
 
     def slower(self, problem: Problem) -> str | None:
+        if problem.seqlen_q * problem.group == 1 and not problem.hides and not problem.gradients:
+            return "a single query fills one lane of a vector, and PyTorch's own kernel is faster there"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
