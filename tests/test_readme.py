@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fused_attention.benchmarks import summary
 
 from fused_attention.testing import support
 
@@ -15,6 +16,12 @@ def test_the_support_table_is_what_the_backends_answer():
     found = re.search(r"<!-- support table.*?-->\n(.*?)\n<!-- end of support table -->", text, flags=re.DOTALL)
     assert found is not None
     assert found.group(1) == support.table(), "regenerate it: python -m fused_attention.testing.support"
+
+
+def test_the_benchmark_table_is_that_of_the_evidence():
+    text = README.read_text()
+    command, found = re.findall(r"<!-- benchmark table: (.*?) -->\n(.*?)\n<!-- end of benchmark table -->", text, flags=re.DOTALL)[0]
+    assert found == summary.table(README.parent / command.split()[-1]), f"regenerate it: {command}"
 
 
 @pytest.mark.parametrize("number", [0, 1])

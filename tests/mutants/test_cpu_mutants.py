@@ -47,7 +47,9 @@ FAULTS: dict[str, Fault] = {
     "row-sum-not-rescaled": Fault("cpu/forward.inl", "fused(row_sum[n], rescale[n], tile_sum[n])", "row_sum[n] + tile_sum[n]"),
     "acc-not-rescaled": Fault("cpu/forward.inl", "fused(load(at), rescale[n], x)", "load(at) + x"),
     "empty-row-guard-removed": Fault("cpu/forward.inl", "highest == -kInfinity ? Vec{} : highest", "highest"),
-    "lse-in-base-2": Fault("cpu/forward.inl", "lse[n] = fused(row_max[n], broadcast(kLn2), ", "lse[n] = fused(row_max[n], broadcast(1.0f), "),
+    "lse-in-base-2": Fault(
+        "cpu/forward.inl", "lse[n] = fused(row_max[n], broadcast(kLn2), ", "lse[n] = fused(row_max[n], broadcast(1.0f), "
+    ),
     "hidden-values-enter": Fault("cpu/forward.inl", "if (tile.guarded)", "if (false)"),
     "wrong-head-of-a-group": Fault("cpu/forward.inl", "kv_head = head / (p.heads / p.kv_heads)", "kv_head = head % p.kv_heads"),
     "delta-dropped": Fault("cpu/backward.inl", "* (x - delta[n])", "* x"),
