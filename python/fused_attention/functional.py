@@ -68,7 +68,7 @@ def attention(
         backend: a name from `backends()`; None chooses (see `explain`).
 
     Returns:
-        (batch, heads, seqlen_q, head_dim_v) in q's dtype, with the strides of torch.empty_like(q).
+        (batch, heads, seqlen_q, head_dim_v) in q's dtype, laid out as torch.empty_like(q) (`reference`: as it falls).
 
     Raises:
         ValueError, TypeError: an argument is wrong; the sentence names it, what it got and what was expected.
@@ -103,7 +103,8 @@ def attention_with_lse(
 ) -> AttentionOutput:
     """`attention`, and the log-sum-exp of each row's scores: (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64).
 
-    Sinks are included; a row that sees nothing has -inf. Both results are differentiable.
+    Sinks are included; a row that sees nothing has -inf. Both results are differentiable. Arguments and errors are those of
+    `attention`; nested tensors are refused.
     """
     return _attend(q, k, v, _options(locals()), backend)
 
@@ -135,10 +136,13 @@ def attention_varlen(
         cu_seqlens_q: int32 or int64 (batch + 1,): member b has rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]; members may be empty,
             rows past the last give 0. Their values are never read by the host.
         cu_seqlens_k: the same for keys; default cu_seqlens_q.
-        The other options are those of `attention`; offset and kv_lengths count inside each member.
+        The other options are those of `attention`, (batch,) meaning one a member; offset and kv_lengths count inside each member.
 
     Returns:
-        (total_q, heads, head_dim_v).
+        (total_q, heads, head_dim_v) in q's dtype.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `attention`; mask and bias are refused, for packed pairs fill no rectangle.
     """
     _reject(rejected)
     return _attend(q, k, v, _options(locals()) | {"packed": True}, backend).out
@@ -164,7 +168,7 @@ def attention_varlen_with_lse(
     backend: str | None = None,
     **rejected: Any,
 ) -> AttentionOutput:
-    """`attention_varlen`, and lse (heads, total_q)."""
+    """`attention_varlen`, and its lse (heads, total_q) as `attention_with_lse` has it; arguments and errors as there."""
     _reject(rejected)
     return _attend(q, k, v, _options(locals()) | {"packed": True}, backend)
 
@@ -198,6 +202,9 @@ def attention_weights(
     Returns:
         (batch, heads, seqlen_q, seqlen_k), or (batch, seqlen_q, seqlen_k), in q's dtype; differentiable in q, k, lse and the options.
         Rows of a query that sees nothing are 0; with sinks, rows sum to less than 1.
+
+    Raises:
+        ValueError, TypeError: as `attention`; also an lse of another shape, or dropout without its seed.
     """
     options = _options(locals())
     q, k = autocast.cast(q, k)

@@ -110,6 +110,16 @@ def check_broken_future() -> None:
     torch.testing.assert_close(out[:, :, :5], attention(q, q, q, causal=True, backend="reference")[:, :, :5])
 
 
+def check_calls_near_torchs_own_kernel() -> None:
+    from fused_attention import attention_with_lse
+
+    q = torch.randn(2, 2, 8, 16)
+    one_sees_nothing = torch.tensor([False, True])[:, None, None, None].expand(2, 1, 1, 8)
+    for options in ({"causal": True, "window": (2, None)}, {"mask": one_sees_nothing}):
+        ours, definition = (attention_with_lse(q, q, q, backend=backend, **options) for backend in ("torch", "reference"))
+        torch.testing.assert_close(ours, definition)
+
+
 CPU_CASES = (
     "long", "long-causal", "long-window", "base", "causal+gqa", "window-both", "kv-range-window", "kv-untrusted", "first-rows-empty",
     "far-offset", "offset-members", "head-dim-65", "head_dim_v", "no-visible-keys", "scale-zero", "scale", "many-heads", "layout-strided",
@@ -146,6 +156,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     check_sdpa,
     check_broken_keys,
     check_broken_future,
+    check_calls_near_torchs_own_kernel,
 )
 
 

@@ -91,13 +91,19 @@ FAULTS: dict[str, Fault] = {
     "dropout-seed-ignored": Fault(
         "functional.py", "if problem.dropout_p > 0 and problem.dropout_seed is None:", "if problem.dropout_p > 0:"
     ),
-    "torch-kernel-takes-windows": Fault("torch_backend.py", "and (not problem.hides or _causal_from_the_first_key(problem))", ""),
-    "torch-kernel-takes-hidden-nans": Fault("torch_backend.py", "return not problem.hides or bool(", "return True or bool("),
-    "torch-kernel-takes-other-values": Fault("torch_backend.py", " and problem.head_dim == problem.head_dim_v", ""),
-    "torch-kernel-takes-softcap": Fault(
-        "torch_backend.py", "problem.softcap, problem.sinks, problem.dropout_seed)", "problem.sinks, problem.dropout_seed)"
+    "torch-kernel-takes-windows": Fault(
+        "torch_backend.py", "if problem.window_left is None and problem.kv_lengths is None:", "if problem.kv_lengths is None:"
     ),
-    "torch-kernel-takes-dlse": Fault("torch_backend.py", "if fused(problem) and dlse is None and", "if fused(problem) and"),
+    "torch-kernel-takes-hidden-nans": Fault(
+        "torch_backend.py", "if not bool(torch.isfinite(k).all() and torch.isfinite(v).all()):", "if False:"
+    ),
+    "torch-kernel-takes-rows-of-no-key": Fault("torch_backend.py", " or not bool(mask.any(-1).all())", ""),
+    "torch-kernel-takes-offsets": Fault("torch_backend.py", "and static_offset(problem) == 0 and", "and"),
+    "torch-kernel-takes-other-values": Fault("torch_backend.py", " and problem.head_dim == problem.head_dim_v", ""),
+    "torch-kernel-takes-softcap": Fault("torch_backend.py", "problem.softcap, problem.sinks, ", "problem.sinks, "),
+    "torch-kernel-takes-dlse": Fault(
+        "torch_backend.py", "_fused_call(k, v, problem) if dlse is None else None", "_fused_call(k, v, problem)"
+    ),
     "scale-ignored": Fault("validation.py", "return float(scale)", "return float(head_dim**-0.5)"),
     "causal-ignores-the-window": Fault(
         "validation.py",
