@@ -45,7 +45,7 @@ def attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v, fused: memory O(seqlen), differentiable in q, k, v, bias, alibi_slopes and sinks.
 
-    A query that sees no key gives 0. Nothing is copied or modified, and the host waits for nothing.
+    A query that sees no key gives 0. No input is modified, and the host waits for no device.
 
     Args:
         q: (batch, heads, seqlen_q, head_dim), float16, bfloat16, float32 or float64, any strides. A jagged nested tensor
