@@ -4,18 +4,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
-PYTHON_SOURCES := python benchmarks tests build_tools setup.py
+PYTHON_SOURCES := python triton_kernels benchmarks tests build_tools setup.py
+# What judges the Triton kernels: their own tests, and those every backend has to pass.
+INTERPRETED := tests/triton $(addprefix tests/test_,$(addsuffix .py,matrix generated_problems adversarial exact_properties \
+	bounded_properties gradient_laws corners packed))
 
 # Here an extension that does not compile is a failure; auto, pip's default, installs without it.
 export FUSED_ATTENTION_CPU ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test lint format wheel clean
+.PHONY: help install bench test test-compiled test-interpreted codegen gpu lint format wheel clean
 
 help:
 	@echo 'make bench    check and time attention on this machine'
 	@echo 'make test     the whole test suite'
 	@echo 'make lint     ruff, mypy, clang-format'
+	@echo 'make codegen  what the Triton kernels compile to, for every architecture'
+	@echo 'make gpu      prove and time everything on this machine'"'"'s NVIDIA GPU, in under 9 minutes'
 	@echo 'make format   let ruff and clang-format rewrite the sources'
 	@echo 'make wheel    dist/*.tar.gz, and dist/*.whl built from it'
 	@echo 'make clean    remove what builds and tests left behind'
@@ -25,8 +30,29 @@ install: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/fused-attention bench
 
+# Every Triton kernel compiled for every architecture, under both versions of Triton that are supported, against the ledger.
+codegen: $(INSTALLED) build/codegen/.installed
+	$(BIN)/python -m tests.codegen.ledger
+	build/codegen/venv/bin/python -m tests.codegen.ledger
+
+build/codegen/.installed: tests/codegen/constraints-triton-3.6.txt
+	test -x build/codegen/venv/bin/python || $(PYTHON) -m venv build/codegen/venv
+	build/codegen/venv/bin/python -m pip install -c $< torch triton numpy
+	@touch $@
+
+# In the machine's own Python, which has torch with CUDA, triton and pytest: nothing is installed.
+gpu:
+	$(PYTHON) tests/gpu/run.py $(GPU_OPTIONS)
+
+# Two processes side by side: in one of them Triton interprets its kernels, which it must know before it is imported.
 test: $(INSTALLED)
+	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted
+
+test-compiled: $(INSTALLED)
 	$(BIN)/pytest
+
+test-interpreted: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED) -k triton
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(PYTHON_SOURCES)
@@ -51,6 +77,6 @@ clean:
 # An editable install compiles once, so what goes into the extension goes into the stamp.
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard build_tools/*.py) $(CXX_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[bench,test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench,test,triton,dev]'
 	@$(BIN)/fused-attention info
 	@touch $@

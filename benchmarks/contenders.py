@@ -52,19 +52,23 @@ def contenders(kind: Kind) -> tuple[Contender, ...]:
     return tuple(contender for contender in CONTENDERS if contender.kind == kind)
 
 
-def _ours(inputs: AttentionInputs) -> Run:
+def ours(inputs: AttentionInputs) -> Run:
     q, k, v = inputs.q, inputs.k, inputs.v
+    call: Callable[..., Tensor] = fused_attention.attention
+    call_with_lse: Callable[..., fused_attention.AttentionOutput] = fused_attention.attention_with_lse
+    if inputs.workload.lengths is not None:
+        call, call_with_lse = fused_attention.attention_varlen, fused_attention.attention_varlen_with_lse
     return Run(
-        forward=lambda: fused_attention.attention(q, k, v, **inputs.options),
-        leaves=_leaves(inputs),
+        forward=lambda: call(q, k, v, **inputs.options),
+        leaves=inputs.leaves,
         dout=inputs.dout,
-        lse=lambda: fused_attention.attention_with_lse(q, k, v, **inputs.options).lse,
+        lse=lambda: call_with_lse(q, k, v, **inputs.options).lse,
         backend=fused_attention.explain(q, k, v, **inputs.options).backend,
     )
 
 
 def _naive(inputs: AttentionInputs) -> Run:
-    return Run(forward=lambda: naive_attention(inputs.q, inputs.k, inputs.v, inputs.visible), leaves=_leaves(inputs), dout=inputs.dout)
+    return Run(forward=lambda: naive_attention(inputs.q, inputs.k, inputs.v, inputs.visible), leaves=inputs.leaves, dout=inputs.dout)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -88,11 +92,7 @@ def _sdpa(inputs: AttentionInputs) -> Run:
         mask = None if causal else inputs.visible
         return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, mask, is_causal=causal, enable_gqa=workload.group > 1)
 
-    return Run(forward=forward, leaves=_leaves(inputs), dout=inputs.dout)
-
-
-def _leaves(inputs: AttentionInputs) -> dict[str, Tensor]:
-    return {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
+    return Run(forward=forward, leaves=inputs.leaves, dout=inputs.dout)
 
 
 def torch_module(workload: Workload, dtype: torch.dtype, seed: int) -> nn.Module:
@@ -156,7 +156,7 @@ def _our_module(inputs: ModuleInputs, weights: nn.Module) -> Run:
 
 TORCH_MODULE = "torch.nn"
 CONTENDERS = (
-    Contender(OURS, "attention", _ours, ours=True),
+    Contender(OURS, "attention", ours, ours=True),
     Contender("torch SDPA", "attention", _sdpa),
     Contender(NAIVE, "attention", _naive),
     Contender(OURS, "module", _our_module, ours=True),

@@ -69,9 +69,10 @@ def _processor() -> dict[str, str]:
 
 def _revision() -> str | None:
     """The git revision of the sources this file belongs to, `-dirty` if they were changed; None for an installed package."""
-    here = Path(__file__).resolve().parent
+    source = Path(__file__).resolve()  # the folder may be a link to the checkout's
+    here = source.parent
     try:
-        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, timeout=10)
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", str(source)], cwd=here, capture_output=True, timeout=10)
         if tracked.returncode:
             return None
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10)

@@ -6,17 +6,16 @@ row   workload, kind, dtype, direction, contender -> time, speed, memory and err
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contenders import NAIVE, TORCH_MODULE, Contender, Run, torch_module
 from .gate import AttentionGate, ModuleGate, Verdict
-from .timing import Protocol, Timing, peak_extra_bytes, time_in_turns
+from .timing import Protocol, Timing
 from .workloads import Direction, Kind, Workload, attention_flops, attention_inputs, module_flops, module_inputs
-
-REFUSALS = (NotImplementedError, RuntimeError, TypeError, ValueError)  # what a contender raises when it cannot run its inputs
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,20 @@ class _Entry:
 
     contender: Contender
     run: Run | None = None
-    reason: str | None = None
-    timings: dict[Direction, Timing] | None = None
-    extra: dict[Direction, int] | None = None
-    verdicts: dict[Direction, Verdict] | None = None
+    refusals: dict[Direction, str] = field(default_factory=dict)
+    timings: dict[Direction, Timing] = field(default_factory=dict)
+    extra: dict[Direction, int] = field(default_factory=dict)
+    verdicts: dict[Direction, Verdict] = field(default_factory=dict)
+
+    def able(self, direction: Direction) -> Run | None:
+        return None if direction in self.refusals else self.run
 
 
 def measure(
     workload: Workload,
     kind: Kind,
     dtype: tuple[str, torch.dtype],
-    field: Sequence[Contender],
+    contenders: Sequence[Contender],
     protocol: Protocol,
     seed: int,
     say: Callable[[str], None] = lambda step: None,
@@ -70,8 +72,8 @@ def measure(
     if kind == "module" and workload.module is None:
         return [Row(workload.name, kind, dtype[0], "forward", TORCH_MODULE, ours=False, reason=workload.module_reason)]
     say("inputs and truth")
-    gate, prepare = _open(workload, kind, dtype[1], seed)
-    entries = [_Entry(contender) for contender in field]
+    gate, prepare = _open(workload, kind, dtype[1], seed, protocol.device)
+    entries = [_Entry(contender) for contender in contenders]
     for entry in entries:
         _prepare(entry, prepare, workload)
     results: dict[str, dict[str, Tensor]] = {entry.contender.name: {} for entry in entries}
@@ -87,9 +89,11 @@ def measure(
     return with_ratios([_row(entry, workload, kind, dtype[0], direction, count) for entry in entries for direction, count in work.items()])
 
 
-def _open(workload: Workload, kind: Kind, dtype: torch.dtype, seed: int) -> tuple[AttentionGate | ModuleGate, Callable[[Contender], Run]]:
+def _open(
+    workload: Workload, kind: Kind, dtype: torch.dtype, seed: int, device: str
+) -> tuple[AttentionGate | ModuleGate, Callable[[Contender], Run]]:
     if kind == "attention":
-        inputs = attention_inputs(workload, dtype, seed)
+        inputs = attention_inputs(workload, dtype, seed, device)
         return AttentionGate(inputs), lambda contender: contender.prepare(inputs)
     layers = module_inputs(workload, dtype, seed)
     weights = torch_module(workload, dtype, seed)
@@ -97,16 +101,17 @@ def _open(workload: Workload, kind: Kind, dtype: torch.dtype, seed: int) -> tupl
 
 
 def _prepare(entry: _Entry, prepare: Callable[[Contender], Run], workload: Workload) -> None:
-    """Runs every direction once, so that a refusal comes before the clock starts."""
+    """Runs every direction once, so that a refusal comes before the clock starts; who can't go backward may still go forward."""
+    direction: Direction = "forward"
     try:
-        run = prepare(entry.contender)
-        out = run.forward()
+        entry.run = prepare(entry.contender)
+        _forward(entry.run)()
         if workload.backward:
-            torch.autograd.grad(out, tuple(run.leaves.values()), run.dout)
-    except REFUSALS as refusal:
-        entry.reason = _first_line(refusal)
-    else:
-        entry.run, entry.timings, entry.extra = run, {}, {}
+            direction = "backward"
+            _backward(entry.run)()
+    except Exception as refusal:  # noqa: BLE001  # a rival may fail in any way; for ours every refusal is a failed row
+        directions = workload.directions if direction == "forward" else (direction,)
+        entry.refusals = dict.fromkeys(directions, _first_line(refusal))
 
 
 def _first_line(error: Exception) -> str:
@@ -115,24 +120,25 @@ def _first_line(error: Exception) -> str:
 
 def _time(entries: list[_Entry], direction: Direction, protocol: Protocol, results: dict[str, dict[str, Tensor]]) -> None:
     """Times one direction of all contenders in turns, and keeps the results of the last timed calls."""
-    functions: dict[str, Callable[[], object]] = {}
+    functions: dict[str, Callable[[], Any]] = {}
     for entry in entries:
-        if entry.run is not None:
-            entry.run.enter(direction)
-            functions[entry.contender.name] = _forward(entry.run) if direction == "forward" else _backward(entry.run)
-    timings, last = time_in_turns(functions, protocol)
+        run = entry.able(direction)
+        if run is not None:
+            run.enter(direction)
+            functions[entry.contender.name] = _forward(run) if direction == "forward" else _backward(run)
+    timings, last = protocol.time_in_turns(functions)
     for entry in entries:
-        name = entry.contender.name
-        if entry.run is None or entry.timings is None or entry.extra is None:
+        name, run = entry.contender.name, entry.able(direction)
+        if run is None:
             continue
         entry.timings[direction] = timings[name]
-        entry.extra[direction] = peak_extra_bytes(functions[name])
+        entry.extra[direction] = protocol.extra_bytes(functions[name])
         if direction == "backward":
-            results[name] |= dict(zip(entry.run.leaves, last[name], strict=True))
+            results[name] |= dict(zip(run.leaves, last[name], strict=True))
             continue
         results[name]["out"] = last[name]
-        if entry.run.lse is not None:
-            results[name]["lse"] = entry.run.lse().detach()
+        if run.lse is not None:
+            results[name]["lse"] = run.lse().detach()
 
 
 def _forward(run: Run) -> Callable[[], Tensor]:
@@ -151,9 +157,9 @@ def _backward(run: Run) -> Callable[[], tuple[Tensor, ...]]:
 
 def _row(entry: _Entry, workload: Workload, kind: Kind, dtype: str, direction: Direction, flops: float) -> Row:
     row = Row(workload.name, kind, dtype, direction, entry.contender.name, entry.contender.ours, flops)
-    if entry.run is None or entry.timings is None or entry.extra is None or entry.verdicts is None:
+    if entry.run is None or direction in entry.refusals:
         # Ours has to run every workload; a rival may say that it cannot.
-        return replace(row, reason=entry.reason, failed=entry.contender.ours)
+        return replace(row, reason=entry.refusals.get(direction), failed=entry.contender.ours)
     verdict = entry.verdicts.get(direction, Verdict(float("inf"), f"no result of the {direction} pass was judged"))
     row = replace(row, backend=entry.run.backend, error_share=verdict.used)
     if verdict.failure is not None:

@@ -33,6 +33,7 @@ class Protocol:
     least_rounds: int = 5
     most_rounds: int = 25
     budget: float = 1.0  # seconds a contender may take beyond the least rounds
+    device: str = "cpu"
 
     @property
     def clock_name(self) -> str:
@@ -40,6 +41,12 @@ class Protocol:
 
     def now(self) -> float:
         return time.thread_time() if self.threads == 1 else time.perf_counter()
+
+    def time_in_turns(self, functions: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Timing], dict[str, Any]]:
+        return time_in_turns(functions, self)
+
+    def extra_bytes(self, function: Callable[[], Any]) -> int:
+        return peak_extra_bytes(function)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ backward   2.5 times that; a linear layer of a module: 2 FLOPs a weight and toke
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +24,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Workload:
-    """One attention call of a real model, and the module of torch.nn it sits in."""
+    """One attention call of a real model, and the module of torch.nn it sits in.
+
+    Packed sequences: batch is 1, and both lengths are the sum of `lengths`.
+    """
 
     name: str
     title: str
@@ -34,7 +38,11 @@ class Workload:
     head_dim: int
     kv_heads: int | None = None  # None: as many as heads
     causal: bool = False
+    window: int | None = None  # keys before the diagonal that a query sees
     kv_lengths: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None  # of packed sequences, queries and keys alike
+    bias: bool = False  # (1, heads, seqlen_q, seqlen_k), with its gradient
+    softcap: float | None = None
     backward: bool = True
     module: ModuleKind | None = None
     module_reason: str | None = None  # why torch.nn has no module for it
@@ -63,7 +71,10 @@ class Workload:
     def shape(self) -> str:
         heads = f"{self.heads}/{self.key_heads}" if self.group > 1 else f"{self.heads}"
         lengths = f"{self.seqlen_q} x {self.seqlen_k}" if self.cross else f"{self.seqlen_q}"
-        extras = [word for word, on in (("causal", self.causal), ("padded", self.kv_lengths is not None)) if on]
+        extras = [word for word, on in (("causal", self.causal), ("padded", self.kv_lengths is not None), ("bias", self.bias)) if on]
+        extras += [f"{name} {value}" for name, value in (("window", self.window), ("softcap", self.softcap)) if value is not None]
+        if self.lengths is not None:
+            extras.append(f"{len(self.lengths)} packed")
         return ", ".join([f"batch {self.batch}", f"heads {heads}", f"seqlen {lengths}", f"head_dim {self.head_dim}", *extras])
 
 
@@ -90,14 +101,17 @@ QUICK = ("vit-base", "whisper-cross")  # one with its layer, one with unequal le
 
 def visible_pairs(workload: Workload) -> int:
     """Pairs (query, key) that may attend, over the whole batch and all query heads; causal is aligned to the last key."""
-    total = 0
-    for member in range(workload.batch):
-        end = workload.seqlen_k if workload.kv_lengths is None else min(max(workload.kv_lengths[member], 0), workload.seqlen_k)
-        reach = torch.full((workload.seqlen_q,), end)
-        if workload.causal:
-            reach = torch.minimum(reach, torch.arange(workload.seqlen_q) + end - workload.seqlen_q + 1)
-        total += int(reach.clamp_min(0).sum())
-    return total * workload.heads
+    if workload.lengths is not None:
+        return workload.heads * sum(_pairs_of_a_head(workload, length, length) for length in workload.lengths)
+    ends = [workload.seqlen_k] * workload.batch if workload.kv_lengths is None else workload.kv_lengths[: workload.batch]
+    return workload.heads * sum(_pairs_of_a_head(workload, workload.seqlen_q, min(max(end, 0), workload.seqlen_k)) for end in ends)
+
+
+def _pairs_of_a_head(workload: Workload, seqlen_q: int, seqlen_k: int) -> int:
+    diagonal = torch.arange(seqlen_q) + seqlen_k - seqlen_q
+    high = diagonal + 1 if workload.causal else torch.full_like(diagonal, seqlen_k)
+    low = torch.zeros_like(diagonal) if workload.window is None else (diagonal - workload.window).clamp_min(0)
+    return int((high.clamp(0, seqlen_k) - low).clamp_min(0).sum())
 
 
 def attention_flops(workload: Workload, direction: Direction) -> float:
@@ -127,7 +141,7 @@ def decode_bytes(workload: Workload, dtype: torch.dtype) -> int:
 class AttentionInputs:
     """q (batch, heads, seqlen_q, head_dim), k, v (batch, kv_heads, seqlen_k, head_dim), dout like q, all contiguous.
 
-    The leaves take gradients; visible is the mask (batch or 1, 1, seqlen_q or 1, seqlen_k) that contenders without our options need.
+    Packed: (total, heads, head_dim). The leaves take gradients.
     """
 
     workload: Workload
@@ -135,21 +149,44 @@ class AttentionInputs:
     k: Tensor
     v: Tensor
     dout: Tensor
-    visible: Tensor | None
-    options: dict[str, Any] = field(default_factory=dict)  # of fused_attention.attention
+    options: dict[str, Any] = field(default_factory=dict)  # of fused_attention.attention, or of attention_varlen
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What takes a gradient, by its name."""
+        found = {"dq": self.q, "dk": self.k, "dv": self.v}
+        return found | ({"dbias": self.options["bias"]} if self.workload.bias else {})
+
+    @functools.cached_property
+    def visible(self) -> Tensor | None:
+        """The mask (batch or 1, 1, seqlen_q or 1, seqlen_k) that contenders without our options need."""
+        return _visible(self.workload, self.q.device)
 
 
-def attention_inputs(workload: Workload, dtype: torch.dtype, seed: int) -> AttentionInputs:
-    generator = _generator(workload, seed)
-    queries = (workload.batch, workload.heads, workload.seqlen_q, workload.head_dim)
-    keys = (workload.batch, workload.key_heads, workload.seqlen_k, workload.head_dim)
-    q, k, v, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in (queries, keys, keys, queries))
+def attention_inputs(workload: Workload, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> AttentionInputs:
+    generator = _generator(workload, seed, device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    lead = (workload.batch,) if workload.lengths is None else ()
+    queries, keys = ((workload.heads, workload.seqlen_q), (workload.key_heads, workload.seqlen_k))
+    if workload.lengths is not None:
+        queries, keys = queries[::-1], keys[::-1]
+    q, k, v, dout = (normal(*lead, *shape, workload.head_dim) for shape in (queries, keys, keys, queries))
     options: dict[str, Any] = {"causal": True} if workload.causal else {}
+    options |= {} if workload.window is None else {"window": (workload.window, None)}
+    options |= {} if workload.softcap is None else {"softcap": workload.softcap}
     if workload.kv_lengths is not None:
-        options["kv_lengths"] = torch.tensor(workload.kv_lengths, dtype=torch.int32)
-    for leaf in (q, k, v):
+        options["kv_lengths"] = torch.tensor(workload.kv_lengths, dtype=torch.int32, device=device)
+    if workload.lengths is not None:
+        options["cu_seqlens_q"] = torch.tensor((0, *workload.lengths), device=device).cumsum(0).to(torch.int32)
+    if workload.bias:
+        options["bias"] = normal(1, workload.heads, workload.seqlen_q, workload.seqlen_k)
+    inputs = AttentionInputs(workload, q, k, v, dout, options)
+    for leaf in inputs.leaves.values():
         leaf.requires_grad_(workload.backward)
-    return AttentionInputs(workload, q, k, v, dout, _visible(workload), options)
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -174,17 +211,20 @@ def module_inputs(workload: Workload, dtype: torch.dtype, seed: int) -> ModuleIn
     return ModuleInputs(workload, x, memory, dout, None if visible is None else ~visible)
 
 
-def _generator(workload: Workload, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed + zlib.crc32(workload.name.encode()))
+def _generator(workload: Workload, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed + zlib.crc32(workload.name.encode()))
 
 
-def _visible_keys(workload: Workload) -> Tensor:
-    return torch.arange(workload.seqlen_k) < torch.tensor(workload.kv_lengths)[:, None]
+def _visible_keys(workload: Workload, device: torch.device | str = "cpu") -> Tensor:
+    return torch.arange(workload.seqlen_k, device=device) < torch.tensor(workload.kv_lengths, device=device)[:, None]
 
 
-def _visible(workload: Workload) -> Tensor | None:
-    if workload.causal:
-        return torch.ones(workload.seqlen_q, workload.seqlen_k, dtype=torch.bool).tril(workload.seqlen_k - workload.seqlen_q)[None, None]
+def _visible(workload: Workload, device: torch.device) -> Tensor | None:
+    if workload.causal or workload.window is not None:
+        ahead = torch.arange(workload.seqlen_k, device=device) - torch.arange(workload.seqlen_q, device=device)[:, None]
+        ahead -= workload.seqlen_k - workload.seqlen_q
+        seen = ahead <= 0 if workload.causal else torch.ones_like(ahead, dtype=torch.bool)
+        return (seen if workload.window is None else seen & (ahead >= -workload.window))[None, None]
     if workload.kv_lengths is not None:
-        return _visible_keys(workload)[:, None, None, :]
+        return _visible_keys(workload, device)[:, None, None, :]
     return None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_attention
-from fused_attention import attention, attention_weights, attention_with_lse, explain
+from fused_attention import attention, attention_weights, attention_with_lse, backend, explain
 
 
 def operands(*, batch=2, heads=4, kv_heads=2, seqlen_q=5, seqlen_k=7, head_dim=3, head_dim_v=6, dtype=torch.float64, seed=0):
@@ -145,3 +145,33 @@ class TestDropout:
         out = attention(q, k, v, dropout_p=1.0)
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.zeros_like(q))
+
+
+class TestWarmup:
+    def test_it_runs_the_call_and_its_backward_and_leaves_no_trace(self, monkeypatch):
+        q, k, v = operands(dtype=torch.float32)
+        ran = []
+        kernel = backend.KERNELS["torch"]
+        for name in ("forward", "backward"):
+            original = getattr(kernel, name)
+            monkeypatch.setattr(type(kernel), name, lambda self, *args, name=name, original=original: ran.append(name) or original(*args))
+        state = torch.get_rng_state()
+        assert fused_attention.warmup(q, k, v, backend="torch", causal=True, dropout_p=0.5) == "torch"
+        assert ran == ["forward", "backward"]
+        assert q.grad is None
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_without_gradients_only_the_forward_runs(self, monkeypatch):
+        q, k, v = (x.detach() for x in operands(dtype=torch.float32))
+        monkeypatch.setattr(type(backend.KERNELS["torch"]), "backward", None)
+        assert fused_attention.warmup(q, k, v, backend="torch") == "torch"
+
+    def test_packed_sequences(self):
+        q, k, v = (x.detach()[0].transpose(0, 1) for x in operands(dtype=torch.float32))
+        cu_seqlens = torch.tensor([0, 2, q.shape[0]])
+        assert fused_attention.warmup(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=torch.tensor([0, 1, k.shape[0]])) == "torch"
+
+    def test_a_wrong_option_is_refused(self):
+        q, k, v = operands(dtype=torch.float32)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'casual'"):
+            fused_attention.warmup(q, k, v, casual=True)

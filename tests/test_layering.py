@@ -1,6 +1,7 @@
 """Imports go down only: the edges that the modules of fused_attention have, and a check that reads every import and finds just these.
 
-layers -> functional -> ops -> backend -> cpu_backend, torch_backend -> blockwise -> scores -> dropout, problem
+layers -> functional -> ops -> backend -> triton_backend, cpu_backend, torch_backend;
+triton_backend -> triton_kernels, torch_backend -> blockwise -> scores -> dropout, problem
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "blockwise": {"problem", "scores"},
     "torch_backend": {"autocast", "blockwise", "problem", "scores"},
     "cpu_backend": {"problem"},
-    "backend": {"cpu_backend", "problem", "torch_backend"},
+    "triton_kernels": set(),
+    "triton_backend": {"problem"},
+    "backend": {"cpu_backend", "problem", "torch_backend", "triton_backend"},
     "batching": set(),
     "second_derivative": {"blockwise", "problem", "scores"},
     "ops": {"backend", "batching", "blockwise", "problem", "second_derivative"},
@@ -45,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {
     "cpu_backend": {"_cpu", "_build_info"},
+    "triton_backend": {"triton_kernels"},
     "__main__": {"fused_attention", "testing", "benchmarks", "_cpu", "_build_info"},
 }
 GENERATED = {"_cpu", "_build_info"}  # modules that a build makes: no source here has their names
@@ -208,3 +213,11 @@ def test_the_check_sees_what_it_should(module: str, source: str, broken: bool) -
 def test_relative_imports_of_a_package_start_at_itself() -> None:
     assert not violations("fused_attention.layers", "from .masks import score_masks", is_package=True)
     assert violations("fused_attention.layers", "from ..ops import forward", is_package=True)
+
+
+def test_the_folder_of_kernels_is_no_package_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers and vLLM import OpenAI's triton_kernels; from a checkout's root they would find this folder."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "triton_kernels", raising=False)
+    with pytest.raises(ImportError, match="import it by that name"):
+        import_module("triton_kernels")

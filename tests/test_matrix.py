@@ -18,6 +18,8 @@ NEVER_MATTERS = {
     ("window-huge", "window"),  # it must not overflow
     ("packed-none", "cu_seqlens_k"),  # there is no query
 }
+# Without a gradient of lse the Triton kernels differ in one subtraction, and the interpreter is slow.
+ALONE = [case for case in CASES if "+" not in case.name][:: 3 if "triton" in RUNNABLE else 1]
 
 
 @cache
@@ -54,7 +56,7 @@ def test_a_backend_equals_the_oracle_or_says_why_not(case, backend, many_tiles):
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)
-@pytest.mark.parametrize("case", [case for case in CASES if "+" not in case.name], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALONE, ids=lambda case: case.name)
 def test_gradients_of_out_alone(case, backend, many_tiles):
     """Most losses never touch lse, and a backend may then run another kernel."""
     inputs = problem(case)[0].changed(dlse=None)
@@ -87,7 +89,7 @@ def test_inference_computes_the_same_numbers(name, backend):
         assert torch.equal(trained[tensor], inferred[tensor])
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("backend", [name for name in RUNNABLE if name != "triton"])  # whose tiles in tests are of 16
 def test_a_problem_longer_than_the_tiles_of_every_backend(backend):
     inputs = Case("longer", batch=1, heads=2, kv_heads=1, seqlen_q=577, seqlen_k=1031, head_dim=16, window=(600, 7)).make()
     check(inputs.run(backend), inputs.truth())

@@ -7,7 +7,7 @@ out = attention(q, k, v, causal=True)        # (batch, heads, seqlen, head_dim)
 from importlib.metadata import PackageNotFoundError, version
 
 from .backend import Explanation, backends
-from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_weights, attention_with_lse, explain
+from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_weights, attention_with_lse, explain, warmup
 from .layers import MultiHeadAttention, TransformerLayer
 from .merge import merge_attention
 from .problem import AttentionOutput
@@ -32,4 +32,5 @@ __all__ = [
     "explain",
     "merge_attention",
     "scaled_dot_product_attention",
+    "warmup",
 ]

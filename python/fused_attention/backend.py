@@ -14,6 +14,7 @@ from torch import Tensor
 from .cpu_backend import CpuBackend
 from .problem import AttentionOutput, Gradients, Problem
 from .torch_backend import TorchBackend
+from .triton_backend import TritonBackend
 
 
 class KernelBackend(Protocol):
@@ -68,7 +69,7 @@ class Planned:
 REFERENCE = "reference"  # no kernel: plain PyTorch that autograd differentiates by itself
 
 KERNELS: dict[str, KernelBackend] = {
-    "triton": Planned("triton", "the Triton kernels are not part of this version of fused-attention"),
+    "triton": TritonBackend(),
     "cuda": Planned("cuda", "the CUDA kernels are not part of this version of fused-attention"),
     "cpu": CpuBackend(),
     "torch": TorchBackend(),

@@ -240,6 +240,30 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **op
     return explanation(check(q, k, v, **options), backend)
 
 
+def warmup(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **options: Any) -> str:
+    """Compile and load whatever `attention(q, k, v, **options)` needs, before a CUDA graph is captured or a server takes requests.
+
+    Runs the call once, and its backward if an input or option needs a gradient; results and gradients are dropped, the random
+    generators stay as they are. Kernels are compiled for the dtypes, head dims, options and alignment of the tensors, so pass ones like
+    those to come; lengths may differ, but for divisibility by 16 and the length 1.
+
+    Accepts every option of `attention`, and cu_seqlens_q, cu_seqlens_k of `attention_varlen`. Raises what these raise.
+
+    Returns:
+        The backend that ran.
+    """
+    chosen = explain(q, k, v, backend=backend, **options).backend
+    with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
+        if "cu_seqlens_q" in options:
+            output = attention_varlen_with_lse(q, k, v, backend=chosen, **options)
+        else:
+            output = attention_with_lse(q, k, v, backend=chosen, **options)
+        inputs = [x for x in (q, k, v, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
+        if inputs and output.out.requires_grad:
+            torch.autograd.grad(output.out, inputs, torch.zeros_like(output.out), allow_unused=True)
+    return chosen
+
+
 _EXPLAINED = frozenset(inspect.signature(check).parameters) - {"q", "k", "v", "packed"}
 
 

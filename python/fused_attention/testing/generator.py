@@ -1,4 +1,7 @@
-"""Random problems over all options, each from one number:  python -m fused_attention.testing.generator --seed N  runs one again.
+"""Random problems over all options, each from one number.
+
+    python -m fused_attention.testing.generator --seed N [--backend NAME]                   one, with all its figures
+    python -m fused_attention.testing.generator --count N [--first SEED] [--backend NAME]   many
 
 The choices come from random.Random, so hypothesis can make them too and shrink a failure: st.randoms(use_true_random=False).map(draw).
 """
@@ -6,12 +9,17 @@ The choices come from random.Random, so hypothesis can make them too and shrink 
 from __future__ import annotations
 
 import argparse
+import time
+import traceback
+from collections.abc import Iterator
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .bounds import measure
+from fused_attention import backends
+
+from .bounds import Report, measure
 from .inputs import Case
 
 LENGTHS = (0, 1, 2, 3, 5, 7, 15, 16, 17, 31, 33, 63, 65, 97)
@@ -19,6 +27,9 @@ HEAD_DIMS = (1, 3, 8, 16, 17, 24, 32, 33, 40, 64, 72)
 LAYOUTS = ("contiguous", "contiguous", "transposed", "interleaved", "strided", "column", "expanded", "offset")
 PATTERNS = ("qk", "1111", "11qk", "b11k", "1h1k", "b1qk", "1hqk", "bhq1", "bhqk")
 DTYPES = (torch.float32,) * 6 + (torch.float64, torch.bfloat16, torch.float16)
+
+COMMAND = "python -m fused_attention.testing.generator"
+PROGRESS = 100  # problems between two lines
 
 
 def random_case(seed: int) -> Case:
@@ -69,21 +80,74 @@ def draw(random: Random, name: str = "drawn") -> Case:
     return Case(name, **facts)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_attention.testing.generator", description="Run one generated problem again.")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--backend", default=None, help="one backend; default: each that can run it")
+def main(arguments: list[str] | None = None, command: str = COMMAND) -> int:
+    """command is what the reader has to type before --seed to see a failure again."""
+    parser = argparse.ArgumentParser(prog=command, description="Generated problems against the float64 oracle; exit status 1 on a failure.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--seed", type=int, help="run one problem and print how near each tensor is to its bound")
+    which.add_argument("--count", type=int, help="run so many problems and print what fails")
+    parser.add_argument("--first", type=int, default=0, help="the seed that --count begins with")
+    parser.add_argument("--backend", choices=tuple(backends()), help="one backend; default: each that can run the problem")
     options = parser.parse_args(arguments)
-    inputs = (case := random_case(options.seed)).make(seed=options.seed)
-    print(case)
+    if options.seed is not None:
+        return _one(options.seed, options.backend)
+    return _many(range(options.first, options.first + options.count), options.backend, command)
+
+
+def _one(seed: int, backend: str | None) -> int:
+    print(case := random_case(seed))
+    ran = failed = False
+    for name, verdict in _judged(case, seed, backend):
+        wrong = isinstance(verdict, str) or bool(verdict.failures)
+        ran, failed = True, failed or wrong
+        print(f"\n{name}: {'FAILED' if wrong else 'passed'}\n{verdict}")
+    if not ran:
+        print(f"\nnothing ran\n{case.make(seed=seed).explain()}")
+    return int(failed or not ran)
+
+
+def _many(seeds: range, backend: str | None, command: str) -> int:
+    """Goes on after a failure: the next one may tell more."""
+    again: list[str] = []
+    runs, nearest, started = 0, Nearest(), time.perf_counter()
+    for done, seed in enumerate(seeds, 1):
+        case = random_case(seed)
+        for name, verdict in _judged(case, seed, backend):
+            runs += 1
+            if isinstance(verdict, str) or verdict.failures:
+                again.append(f"{command} --seed {seed} --backend {name}")
+                print(f"\n{name} on {case}\n{verdict}\nagain: {again[-1]}", flush=True)
+            elif verdict.used > nearest.used:
+                nearest = Nearest(verdict.used, f"{name}, seed {seed}")
+        if done % PROGRESS == 0 or done == len(seeds):
+            seconds = time.perf_counter() - started
+            print(f"{done} of {len(seeds)} problems, {runs} runs, {len(again)} failed, {nearest}, {seconds:.0f} s", flush=True)
+    print(*again, sep="\n", end="\n" if again else "")
+    return int(bool(again) or runs == 0)
+
+
+class Nearest(NamedTuple):
+    """The run that came nearest to a bound."""
+
+    used: float = 0.0
+    where: str = "none"
+
+    def __str__(self) -> str:
+        return f"at most {self.used:.1%} of a bound used ({self.where})"
+
+
+def _judged(case: Case, seed: int, backend: str | None) -> Iterator[tuple[str, Report | str]]:
+    """What each backend makes of a problem: its report, or what it raised. Those that refuse it are left out."""
+    inputs = case.make(seed=seed)
     reasons = inputs.explain().reasons
-    names = [options.backend] if options.backend else [name for name, reason in reasons.items() if reason is None]
-    truth, failed = inputs.truth(), False
-    for name in names:
-        report = measure(inputs.run(name), truth)
-        failed |= bool(report.failures)
-        print(f"\n{name}: {'FAILED' if report.failures else 'passed'}\n{report}")
-    return int(failed)
+    truth = inputs.truth()
+    for name in reasons if backend is None else (backend,):
+        if reasons[name] is not None:
+            continue
+        try:
+            yield name, measure(inputs.run(name), truth)
+        except Exception:  # noqa: BLE001  # a crash is a failure of its problem: the others still tell something
+            yield name, traceback.format_exc()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fused_attention.backend import KERNELS, REFERENCE
+from fused_attention.backend import KERNELS, ORDER, REFERENCE, Planned
 from fused_attention.problem import Problem
 from fused_attention.validation import check
 
@@ -47,9 +47,18 @@ def table() -> str:
     names = [*KERNELS, REFERENCE]
     lines = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + ":-:|" * len(names)]
     for feature, problem in features().items():
-        cells = ("yes" if name == REFERENCE or _unsupported(name, problem) is None else "–" for name in names)
-        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+        lines.append(f"| {feature} | " + " | ".join(_cell(name, problem) for name in names) + " |")
     return "\n".join(lines)
+
+
+def _cell(name: str, problem: Problem) -> str:
+    """yes; or which backend the automatic choice takes on that device instead; or nothing, of a backend that does not exist yet."""
+    if name == REFERENCE or _unsupported(name, problem) is None:
+        return "yes"
+    if isinstance(KERNELS[name], Planned):
+        return "–"
+    device, _ = HOME.get(name, (problem.device, None))
+    return next(f"→ `{other}`" for other in ORDER[device.type] if other != name and _unsupported(other, problem) is None)
 
 
 def _unsupported(name: str, problem: Problem) -> str | None:

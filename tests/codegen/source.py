@@ -1,0 +1,24 @@
+"""The package as it lies in the checkout, for an interpreter in which it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def find() -> None:
+    if importlib.util.find_spec("fused_attention") is not None:
+        return
+    sys.path.insert(0, str(ROOT / "python"))
+    import fused_attention
+
+    name, folder = "fused_attention.triton_kernels", ROOT / "triton_kernels"
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder} holds no package")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = fused_attention.triton_kernels = module
+    spec.loader.exec_module(module)
