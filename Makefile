@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+COUNT ?= 2000
 INSTALLED := .venv/.installed
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
 PYTHON_SOURCES := python triton_kernels benchmarks tests build_tools setup.py
@@ -13,12 +14,14 @@ INTERPRETED := tests/triton $(addprefix tests/test_,$(addsuffix .py,matrix gener
 export FUSED_ATTENTION_CPU ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-compiled test-interpreted codegen gpu lint format wheel clean
+.PHONY: help install bench test test-compiled test-interpreted mutants fuzz fuzz-compiled fuzz-interpreted codegen gpu lint format wheel clean
 
 help:
 	@echo 'make bench    check and time attention on this machine'
 	@echo 'make test     the whole test suite'
 	@echo 'make lint     ruff, mypy, clang-format'
+	@echo 'make mutants  faults planted in the Triton kernels, which the tests must notice'
+	@echo 'make fuzz     thousands of generated problems, COUNT=2000 of them'
 	@echo 'make codegen  what the Triton kernels compile to, for every architecture'
 	@echo 'make gpu      prove and time everything on this machine'"'"'s NVIDIA GPU, in under 9 minutes'
 	@echo 'make format   let ruff and clang-format rewrite the sources'
@@ -30,10 +33,26 @@ install: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/fused-attention bench
 
+# Faults planted in the Triton kernels, one by one, which their tests have to notice.
+mutants: $(INSTALLED)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m tests.mutants.run_kernel_mutants
+
+# Generated problems, beyond those of every test run: interpreted Triton on one core, the other backends on another.
+fuzz: $(INSTALLED)
+	$(MAKE) --jobs=2 fuzz-compiled fuzz-interpreted
+
+fuzz-compiled: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --first 1000 --count $(COUNT)
+
+fuzz-interpreted: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m tests.fuzz --first 1000 --count $(COUNT) --backend triton
+
 # Every Triton kernel compiled for every architecture, under both versions of Triton that are supported, against the ledger.
 codegen: $(INSTALLED) build/codegen/.installed
 	$(BIN)/python -m tests.codegen.ledger
+	$(BIN)/python -m tests.codegen.fits
 	build/codegen/venv/bin/python -m tests.codegen.ledger
+	build/codegen/venv/bin/python -m tests.codegen.fits
 
 build/codegen/.installed: tests/codegen/constraints-triton-3.6.txt
 	test -x build/codegen/venv/bin/python || $(PYTHON) -m venv build/codegen/venv

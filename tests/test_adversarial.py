@@ -163,6 +163,23 @@ def test_a_broken_key_reaches_exactly_the_rows_that_see_it(where, filler, backen
         assert not output["out"][:, :, 20:].isfinite().all(-1).any(), "a visible NaN was swallowed"
 
 
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_a_broken_key_reaches_no_gradient_of_keys_that_its_rows_do_not_see(where, backend):
+    """exp(-inf - nan) is nan: of a row whose lse is nan, hidden keys once got a gradient, and not those of every tile."""
+    if backend == "reference":
+        pytest.skip("reference multiplies whole matrices, and 0 * nan is nan")
+    inputs = BASE.make().changed(options={"window": (3, 0)})
+    broken = getattr(inputs, where).clone()
+    broken[:, :, 20] = math.nan
+    output = run(inputs.changed(**{where: broken}), backend)
+    truth = inputs.changed(**{where: broken.nan_to_num(0.0)}).truth()
+    far = [*range(17), *range(24, 35)]  # rows 20 to 23 see it, and keys 17 to 23
+    for name in ("dk", "dv"):
+        output[name][:, :, 17:24] = truth.values[name][:, :, 17:24].to(output[name].dtype)
+        assert output[name][:, :, far].isfinite().all()
+    check({name: output[name] for name in ("dk", "dv")}, truth)
+
+
 @pytest.mark.parametrize("filler", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("option", ["mask", "bias", "kv_lengths", "window"])
 def test_a_hidden_key_may_hold_anything(option, filler, backend):

@@ -1,4 +1,4 @@
-"""The linear-time truth: at small sizes the values of the float64 oracle and no bound below its own; and it sees what it is there to see."""
+"""The linear-time truth: at small sizes the values of the float64 oracle, no bound below its own; and it sees what it is there to see."""
 
 from __future__ import annotations
 

@@ -175,8 +175,9 @@ def key_value_kernel(
                 products = matmul.contract(k_tile, q_tile, PRECISION)
                 capped = scores.cap(products, terms, UNIT)
                 s = scores.score(capped, slope, bias, member, batch, head, rows[None, :], cols, seen, UNIT)
-                # The rows are there in a full tile, but the select saves registers: on sm_90 at head_dim 128 it takes 225 of 248.
-                p = tl.where((rows < member.seqlen_q)[None, :], probabilities(s, row_lse, UNIT), 0.0)
+                # In a full tile every row is there, but the select saves registers: on sm_90 at head_dim 128 it takes 225 of 248.
+                here = s != float("-inf") if PHASE != 1 else (rows < member.seqlen_q)[None, :]
+                p = tl.where(here, probabilities(s, row_lse, UNIT), 0.0)
                 factor = drop.transposed_factor(dropout, batch * (kv_heads * GROUP) + head, rows[:, None], start_n, ACC, BLOCK_N)
                 if dv is not None:
                     dv_acc = matmul.add_product(dv_acc, p if factor is None else p * factor, dout_tile, PRECISION)

@@ -78,7 +78,9 @@ def bias_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for batch in range(owner // dbias_heads, sight.batch, dbias_batches):
         member = masks.locate(sight, batch)
-        for head in range(owner % dbias_heads, heads, dbias_heads):
+        visited = masks.key_tiles(sight, member, start_m, BLOCK_M, BLOCK_N)
+        first_head = tl.where((start_n < visited.last) & (start_n + BLOCK_N > visited.first), owner % dbias_heads, heads)  # or none at all
+        for head in range(first_head, heads, dbias_heads):
             slope = scores.slope(terms, batch, head, ACC)
             first, last = member.begin - start_n, member.end - start_n
             q_tile = load_tile(q, batch, head, start_m, 0, last_m, BLOCK_M, HEAD_DIM)

@@ -3,7 +3,8 @@
     out = sum_s exp(lse_s - lse) out_s,     lse = log sum_s exp(lse_s)
 
 The queries of all heads that share a key head are packed into the rows of one tile, so that every key is read once. A split holds
-SPLIT keys whatever the batch and however many keys there are: a row's bits depend on its own sequence alone.
+SPLIT keys whatever the batch and however many keys there are: a row's bits depend on its own sequence alone (with sinks, also on whether
+there is more than one split).
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 

@@ -16,8 +16,8 @@ import triton.language as tl
 from .options import Options
 from .tensor import row_pointers
 
-FAR = tl.constexpr(2**31 - 1)  # beyond every difference of two positions
-FARTHEST = tl.constexpr(2**61)  # sums of two offsets stay inside int64
+FARTHEST_PAIR = tl.constexpr(2**31 - 1)  # beyond every difference of two positions
+FAR = tl.constexpr(2**61)  # sums of two offsets stay inside int64
 
 
 class Sight(NamedTuple):
@@ -135,12 +135,12 @@ def locate(sight, batch):
     if sight.offset is not None:
         offset = tl.cast(sight.offset, tl.int64)
     if sight.offsets is not None:
-        offset = read(sight.offsets, batch, sight.offsets_stride, -FARTHEST, FARTHEST)
+        offset = read(sight.offsets, batch, sight.offsets_stride, -FAR, FAR)
     lower, upper = 0, 0
     if sight.left is not None:
-        lower = clamp(offset - sight.left, -FAR, FAR).to(tl.int32)
+        lower = clamp(offset - sight.left, -FARTHEST_PAIR, FARTHEST_PAIR).to(tl.int32)
     if sight.right is not None:
-        upper = clamp(offset + sight.right, -FAR, FAR).to(tl.int32)
+        upper = clamp(offset + sight.right, -FARTHEST_PAIR, FARTHEST_PAIR).to(tl.int32)
     return Member(start_q, seqlen_q, start_k, seqlen_k, begin, end, offset, lower, upper)
 
 

@@ -45,7 +45,7 @@ def slope(terms, batch, head, ACC: tl.constexpr):
 
 @triton.jit
 def distance(member, rows, cols, ACC: tl.constexpr):
-    """|i + offset - j|: the integers are subtracted first, so near pairs are exact however far the offset."""
+    """|i + offset - j|, exact where it and the offset are below 2**24 (2**53 in float64)."""
     return tl.abs(tl.cast(member.offset, ACC) + (rows - cols).to(ACC))
 
 

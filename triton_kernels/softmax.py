@@ -1,8 +1,9 @@
 """Online softmax: a row's maximum, sum and weighted values, folded in one key tile at a time.
 
 UNIT is what scores are multiplied with: log2(e), so that every exponential is a single exp2; or 1 beside a bias, whose numbers may be
-as large as their type holds, and would overflow. Source: Milakov & Gimelshein, "Online normalizer
-calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
+as large as their type holds, and would overflow.
+
+Source: Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
 """
 
 from __future__ import annotations

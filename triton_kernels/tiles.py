@@ -69,7 +69,7 @@ HALF: dict[str, Table] = {
         "decode": {64: (64, 128, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1), 512: (32, 16, 8, 1)},
         "dq": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 192: (64, 16, 8, 2), 256: (64, 32, 8, 1), 512: (32, 16, 8, 1)},
         "dkv": {96: (32, 128, 8, 2), 128: (64, 64, 8, 2), 192: (32, 32, 8, 2), 256: (16, 64, 8, 2)},
-        "dk": {512: (16, 32, 8, 2)},
+        "dk": {512: (16, 16, 8, 1)},
         "dv": {512: (32, 32, 8, 1)},
         "dbias": {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)},
     },
@@ -116,6 +116,11 @@ FULL: dict[str, Table] = {
 
 WIDEST_TF32X3 = 128  # head_dim: at 256 and 16x16 its parts spill 13 to 218 times a loop; plain fp32 arithmetic never
 
+# The most stages of a pass that also loads a number for every pair, which takes up to 4 bytes and is staged too. With the table's own,
+# forward of bf16 at head_dim 128 wants 196608 bytes of the 166912 on sm_80, 131072 of the 101376 on sm_120. Of fp32 it is 1: dq at 64
+# wants 360448 of the 232448 on sm_90.
+PAIR_STAGES = {"sm_80": 2, "sm_90": 3, "sm_100": 3, "sm_120": 1, "gfx942": 1, "interpreter": 1}
+
 # Whose tiles fit an architecture without its own: as much shared memory, and the same tensor cores or a later kind of them.
 ALIKE = {
     "sm_86": "sm_120",
@@ -130,13 +135,15 @@ SMALLEST = {"sm": "sm_120", "gfx": "gfx942"}
 
 
 @functools.cache
-def choose(architecture: str, name: str, head_dim: int, itemsize: int, precision: str) -> TileConfig:
-    """The tile of a pass; head_dim is the larger of q's and v's."""
+def choose(architecture: str, name: str, head_dim: int, itemsize: int, precision: str, by_pair: bool = False) -> TileConfig:
+    """The tile of a pass; head_dim is the larger of q's and v's; by_pair: a mask, a bias or dropout has a number for every pair."""
     rows = table(architecture, itemsize).get(name) or EVERYWHERE[name]
-    sizes = rows[min(widest for widest in rows if widest >= head_dim)]
+    block_m, block_n, num_warps, num_stages = rows[min(widest for widest in rows if widest >= head_dim)]
+    if by_pair:
+        num_stages = min(num_stages, PAIR_STAGES[family(architecture)] if itemsize == 2 else 1)
     if architecture.startswith("gfx") or (precision == "tf32x3" and itemsize == 4 and head_dim > WIDEST_TF32X3):
         precision = "ieee"  # on AMD GPUs fp32 products can be nothing else, and a name they do not know fails for every dtype
-    return TileConfig(*sizes, precision)
+    return TileConfig(block_m, block_n, num_warps, num_stages, precision)
 
 
 def splits_key_value(architecture: str, head_dim: int, itemsize: int) -> bool:
@@ -145,7 +152,12 @@ def splits_key_value(architecture: str, head_dim: int, itemsize: int) -> bool:
 
 
 def table(architecture: str, itemsize: int) -> Table:
-    if architecture == "interpreter":
-        return INTERPRETER
-    tables = FULL if itemsize > 2 else HALF
-    return tables.get(architecture) or tables[ALIKE.get(architecture) or SMALLEST["gfx" if architecture.startswith("gfx") else "sm"]]
+    name = family(architecture)
+    return INTERPRETER if name == "interpreter" else HALF[name] if itemsize == 2 else FULL[name]
+
+
+def family(architecture: str) -> str:
+    """The name under which the tables hold an architecture."""
+    if architecture in PAIR_STAGES:
+        return architecture
+    return ALIKE.get(architecture) or SMALLEST["gfx" if architecture.startswith("gfx") else "sm"]

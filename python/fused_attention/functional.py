@@ -244,8 +244,9 @@ def warmup(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **opt
     """Compile and load whatever `attention(q, k, v, **options)` needs, before a CUDA graph is captured or a server takes requests.
 
     Runs the call once, and its backward if an input or option needs a gradient; results and gradients are dropped, the random
-    generators stay as they are. Kernels are compiled for the dtypes, head dims, options and alignment of the tensors, so pass ones like
-    those to come; lengths may differ, but for divisibility by 16 and the length 1.
+    generators stay as they are. Kernels are compiled for dtypes, head dims, which options there are, and which addresses, strides, lengths,
+    offsets and windows are 1 or divide by 16: pass tensors like those to come, once for each such class. A decoding step and a longer run
+    of queries are classes of their own, and so are more keys than the 512 of a split.
 
     Accepts every option of `attention`, and cu_seqlens_q, cu_seqlens_k of `attention_varlen`. Raises what these raise.
 
@@ -253,6 +254,9 @@ def warmup(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **opt
         The backend that ran.
     """
     chosen = explain(q, k, v, backend=backend, **options).backend
+    if _any_nested(q, k, v):
+        (q, k, v), cu_seqlens = _unpack_jagged(q, k, v, options)
+        options |= cu_seqlens
     with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
         if "cu_seqlens_q" in options:
             output = attention_varlen_with_lse(q, k, v, backend=chosen, **options)

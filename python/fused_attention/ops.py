@@ -44,22 +44,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> Atte
     arguments = (q, k, v, *_options(problem), backend)
     if torch.compiler.is_compiling():
         return AttentionOutput(*forward_op(*arguments))
-    if not problem.gradients and _nobody_listens(arguments[:TENSORS]):
-        return KERNELS[backend].forward(q, k, v, problem)
     if forward_ad._current_level >= 0 or _levels("Jvp") or _levels("Grad") > 1:
         return blockwise.forward(q, k, v, problem)
     if torch._C._are_functorch_transforms_active():
         return AttentionOutput(*TransformedAttention.apply(*arguments))  # type: ignore[no-untyped-call]
     return AttentionOutput(*forward_op(*arguments))
-
-
-def _nobody_listens(tensors: Arguments) -> bool:
-    """Whether no mode, transform or subclass of tensors would see the operator: then the 10 us of its dispatch are spared."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._is_torch_function_mode_enabled() or torch._C._get_tracing_state() is not None:
-        return False
-    return all(x is None or type(x) is Tensor for x in tensors)
 
 
 def _levels(kind: str) -> int:

@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 in the environment Triton's interpreter runs the same ke
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from types import ModuleType
@@ -20,6 +21,7 @@ LARGEST_HEAD_DIM = 512
 MOST_PROGRAMS = 2**31 - 1  # of a grid's first dimension
 SMALLEST_TILE = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST_TRITON = (3, 6)
 EXACT = "tf32x3"  # products of fp32 in three of TF32
 INTERPRETER = "interpreter"  # stands for an architecture
 
@@ -39,8 +41,7 @@ class TritonBackend:
         if _widest(problem) > LARGEST_HEAD_DIM:
             dims = f"head_dim is {problem.head_dim}, head_dim_v {problem.head_dim_v}"
             return f"{dims}, and the triton backend computes up to {LARGEST_HEAD_DIM}"
-        programs = max(problem.seqlen_q, problem.seqlen_k) // SMALLEST_TILE * problem.batch * problem.heads
-        if programs > MOST_PROGRAMS:
+        if _programs(problem) > MOST_PROGRAMS:
             shape = f"{problem.batch} x {problem.heads} heads of {problem.seqlen_q} queries and {problem.seqlen_k} keys"
             return f"q and k have {shape}: more tiles of {SMALLEST_TILE} than the {MOST_PROGRAMS} programs of a GPU's grid"
         return None if interpreted else _too_old(problem)
@@ -93,7 +94,8 @@ def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _tile(name: str, problem: Problem) -> Any:
     precision = _precision() if problem.dtype is torch.float32 else EXACT
-    return _kernels().tiles.choose(architecture(problem.device), name, _widest(problem), problem.dtype.itemsize, precision)
+    by_pair = problem.mask is not None or problem.bias is not None or problem.dropout_seed is not None
+    return _kernels().tiles.choose(architecture(problem.device), name, _widest(problem), problem.dtype.itemsize, precision, by_pair)
 
 
 def _widest(problem: Problem) -> int:
@@ -105,6 +107,13 @@ def _precision() -> str:
     if torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else EXACT
+
+
+def _programs(problem: Problem) -> int:
+    """An upper bound, whatever the tiles."""
+    longest = max(problem.seqlen_q, problem.seqlen_k)
+    tiles = longest // SMALLEST_TILE + problem.batch if problem.packed else (longest // SMALLEST_TILE + 1) * problem.batch
+    return tiles * problem.heads
 
 
 @functools.cache
@@ -135,6 +144,16 @@ def _interpreting() -> bool:
 def _unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'fused-attention[triton]'"
-    if _interpreting() or torch.cuda.is_available():
+    if _interpreting():
         return None
+    if torch.cuda.is_available():
+        return _outdated()
     return "no GPU is visible on this machine, and the Triton kernels run on one"
+
+
+def _outdated() -> str | None:
+    installed = importlib.metadata.version("triton")
+    if tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST_TRITON:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    return f"triton {installed} is installed, and the kernels need {oldest} or later: upgrade PyTorch, which brings its own"

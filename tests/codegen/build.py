@@ -12,10 +12,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton import knobs
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from .record import Launch
@@ -80,6 +83,21 @@ def cost(launch: Launch, architecture: str) -> Cost:
     if architecture.startswith("gfx"):
         return amd_cost(compiled.asm["amdgcn"], compiled.metadata.shared)
     return nvidia_cost(compiled, said)
+
+
+def memory(launch: Launch, architecture: str) -> Cost:
+    """What a launch needs that a block may not have, found without the assembler, whose work is most of a compilation."""
+
+    def nothing(self: object, source: object, metadata: dict[str, Any], *others: object) -> str:
+        metadata.setdefault("name", launch.name)
+        return "nothing"
+
+    stages = [(CUDABackend, "make_ptx"), (CUDABackend, "make_cubin"), (HIPBackend, "make_amdgcn"), (HIPBackend, "make_hsaco")]
+    with contextlib.ExitStack() as patches:
+        for backend, stage in stages:
+            patches.enter_context(mock.patch.object(backend, stage, nothing))
+        compiled, _ = build(launch, architecture)
+    return Cost(0, 0, 0, compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0)
 
 
 def nvidia_cost(compiled: Any, said: str) -> Cost:

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -37,6 +37,7 @@ class Row(NamedTuple):
     costs: dict[str, int]  # build.Cost by name
 
 
+Measure = Callable[[Launch, str], build.Cost]  # of a launch on an architecture
 Rows = dict[str, dict[str, Row]]  # by "point kernel", then by version of Triton
 
 
@@ -60,12 +61,8 @@ def write(rows: Rows) -> None:
 
 def complaints(name: str, new: Row, known: Row | None, limit: int) -> Iterator[str]:
     """What is wrong with a row, in sentences."""
+    yield from misfits(name, new, limit)
     now = new.costs
-    if now["shared"] > limit:
-        yield f"{name}: {now['shared']} bytes of shared memory with tile {new.tile}, and a block has {limit}: it cannot be launched"
-    if now["tensor_memory"] > TENSOR_MEMORY:
-        columns = f"{now['tensor_memory']} columns of tensor memory with tile {new.tile}"
-        yield f"{name}: {columns}, and there are {TENSOR_MEMORY}: it cannot be launched"
     if now["atomics"]:
         yield f"{name}: {now['atomics']} atomics, whose order is not fixed: results would differ from run to run"
     if known is None:
@@ -82,6 +79,15 @@ def complaints(name: str, new: Row, known: Row | None, limit: int) -> Iterator[s
         yield f"{name}: no products on tensor cores, before {known.costs['products']}"
 
 
+def misfits(name: str, row: Row, limit: int) -> Iterator[str]:
+    """Why a kernel cannot be launched at all."""
+    if row.costs["shared"] > limit:
+        yield f"{name}: {row.costs['shared']} bytes of shared memory with tile {row.tile}, and a block has {limit}: it cannot be launched"
+    if row.costs["tensor_memory"] > TENSOR_MEMORY:
+        columns = f"{row.costs['tensor_memory']} columns of tensor memory with tile {row.tile}"
+        yield f"{name}: {columns}, and there are {TENSOR_MEMORY}: it cannot be launched"
+
+
 def kernels(points: Iterable[Point]) -> Iterator[tuple[str, str, Launch]]:
     """The name of each row, its architecture and the launch; a call that launches a kernel in two ways gives two rows."""
     for point in points:
@@ -93,7 +99,7 @@ def kernels(points: Iterable[Point]) -> Iterator[tuple[str, str, Launch]]:
                 yield f"{point} {launch.name}{len(known) if len(known) > 1 else ''}", point.architecture, launch
 
 
-def compile_all(kernels: Iterable[tuple[str, str, Launch]], jobs: int) -> Iterator[tuple[str, Row | str]]:
+def compile_all(kernels: Iterable[tuple[str, str, Launch]], jobs: int, measure: Measure = build.cost) -> Iterator[tuple[str, Row | str]]:
     """Each kernel's row, or why there is none; each in a child of its own, for a compiler that aborts takes its process along."""
     running: dict[int, tuple[str, Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -103,17 +109,17 @@ def compile_all(kernels: Iterable[tuple[str, str, Launch]], jobs: int) -> Iterat
             result = Path(folder, str(number))
             child = os.fork()
             if child == 0:
-                compile_one(launch, architecture, result)
+                compile_one(launch, architecture, result, measure)
             running[child] = name, result
         while running:
             yield finished(running)
 
 
-def compile_one(launch: Launch, architecture: str, result: Path) -> NoReturn:
+def compile_one(launch: Launch, architecture: str, result: Path, measure: Measure) -> NoReturn:
     """Compile, leave a row or a sentence in a file, and end this process."""
     os.environ["TRITON_CACHE_DIR"] = str(result.with_suffix(".cache"))
     try:
-        row: list[object] | str = [tile_of(launch.options), build.cost(launch, architecture)._asdict()]
+        row: list[object] | str = [tile_of(launch.options), measure(launch, architecture)._asdict()]
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent reports it
         row = f"{type(error).__name__}: {error}"
     result.write_text(json.dumps(row))

@@ -7,6 +7,7 @@ For the kernels of the layers, which know no heads, head_dim stands for the widt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,9 +44,15 @@ def attend(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
     run(*(empty(*shape, dtype=dtype, learns=True) for _ in range(3)), options)
 
 
-def decode(dtype: torch.dtype, head_dim: int, queries: int, kv_heads: int) -> None:
+def decode(dtype: torch.dtype, head_dim: int, queries: int, kv_heads: int, **options: Any) -> None:
     cache = (BATCH, kv_heads, SEQLEN, head_dim)
-    run(empty(BATCH, HEADS, queries, head_dim, dtype=dtype), empty(*cache, dtype=dtype), empty(*cache, dtype=dtype), {})
+    run(empty(BATCH, HEADS, queries, head_dim, dtype=dtype), empty(*cache, dtype=dtype), empty(*cache, dtype=dtype), options)
+
+
+def decode_by_pair(dtype: torch.dtype, head_dim: int, queries: int) -> None:
+    """With a mask and a bias, 16 queries of a key head for each query."""
+    pairs = (1, HEADS, queries, SEQLEN)
+    decode(dtype, head_dim, queries, 1, mask=empty(*pairs, dtype=torch.bool), bias=empty(*pairs))
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> None:
@@ -98,7 +105,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks": {"causal": True, "sinks": empty(HEADS, learns=True)},
     "kv_lengths": {"kv_lengths": empty(BATCH, dtype=torch.int32)},
 }
-EVERYTHING = {name: value for options in FEATURES.values() for name, value in options.items()}
+EVERYTHING: dict[str, Any] = {name: value for options in FEATURES.values() for name, value in options.items()}
+EVERYTHING["bias"] = empty(1, HEADS, SEQLEN, SEQLEN, learns=True)  # fp32: the largest number a pair can have
 CALLS: dict[str, Callable[[torch.dtype, int], None]] = {
     "plain": attention(),
     "causal": attention(causal=True),
@@ -106,6 +114,7 @@ CALLS: dict[str, Callable[[torch.dtype, int], None]] = {
     "decode-many": lambda dtype, head_dim: decode(dtype, head_dim, queries=4, kv_heads=1),  # 64 rows share a key head
     **{name: attention(**options) for name, options in FEATURES.items()},
     "everything": attention(**EVERYTHING),
+    **{f"decode-{16 * queries}-by-pair": functools.partial(decode_by_pair, queries=queries) for queries in (1, 2, 4)},
     "varlen": attention(causal=True, cu_seqlens_q=empty(MEMBERS + 1, dtype=torch.int32)),
     "layer-norm": lambda dtype, width: norm(dtype, width, "layer"),
     "rms-norm": lambda dtype, width: norm(dtype, width, "rms"),
@@ -138,3 +147,12 @@ def default_points() -> Iterator[Point]:
         for head_dim in (64, 128):
             for options in ("plain", "causal", "decode"):
                 yield Point(architecture, "bfloat16", head_dim, options)
+
+
+def crowded_points() -> Iterator[Point]:
+    """Every option at once, at every head_dim: what needs the most memory."""
+    for architecture in ARCHITECTURES:
+        for dtype in ("bfloat16", "float32"):
+            for head_dim in HEAD_DIMS:
+                for options in ("everything", "decode-16-by-pair", "decode-32-by-pair", "decode-64-by-pair"):
+                    yield Point(architecture, dtype, head_dim, options)
