@@ -220,7 +220,7 @@ def test_e11_expanded_gradient_of_out(backend):
 def test_e12_the_same_call_twice(case, backend):
     inputs = usable(case.make(), backend)
     first = inputs.run(backend)
-    for _ in range(5):
+    for _ in range(1 if backend == "triton" else 5):  # the interpreter is slow, and runs one program after the other
         equal(first, inputs.run(backend))
 
 
