@@ -28,6 +28,7 @@ SURVIVORS = {
     "dk-rows-past-the-member": "rows past the member have an lse of inf and read as zero: the select is there for the compiler",
     "members-not-monotone": "a negative length sees as little as a length of 0, and what such members give is not specified",
     "dropout-of-everything-keeps": "at p = 1 the threshold keeps one word in 2**32, too rare to be met, which the scale of 0 drops",
+    "weights-lse-unguarded": "it takes a row whose every score overflows to -inf, in a tile without a mask: no problem here has one yet",
     "dk-lse-other-0": "rows past the member are hidden or not there: their weights are 0 whatever their lse",
 }
 
