@@ -18,6 +18,7 @@ from . import bias as biases
 from . import dropout as drop
 from . import mask as masks
 from . import matmul, scores
+from . import visits as visit
 from .differentiate import operands, probabilities, score_gradients
 from .launch import launch
 from .options import Options
@@ -63,13 +64,15 @@ def backward(
         if dk_part is not None or dv_part is not None or columns is not None:
             chosen = tile(name)
             programs = masks.programs(sight.seqlen_k, sight.batch, sight.cu_k, chosen.block_n) * k.shape[1]
+            visits = visit.of_queries(options.mask, chosen.block_m, chosen.block_n)
             results = view(dk_part), view(dv_part), rows_view(columns), k.shape[1]
-            launch(key_value_kernel, programs, q.device, *shared, *results, **shape, **key_phases, **chosen.constants())
+            launch(key_value_kernel, programs, q.device, *shared, visits, *results, **shape, **key_phases, **chosen.constants())
     if dq is not None or shares.rows is not None or row_slopes is not None:
         chosen = tile("dq")
+        visits = visit.of_keys(options.mask, chosen.block_m, chosen.block_n)
         programs = masks.programs(sight.seqlen_q, sight.batch, sight.cu_q, chosen.block_m) * heads
         results = view(dq), rows_view(shares.rows), rows_view(row_slopes), heads
-        launch(query_kernel, programs, q.device, *shared, *results, **shape, **phases, **chosen.constants())
+        launch(query_kernel, programs, q.device, *shared, visits, *results, **shape, **phases, **chosen.constants())
     if shares.pairs is not None:
         biases.pair_pass(shared, shares.pairs, heads, tile("dbias"), shape)
     return Wanted(
@@ -138,7 +141,7 @@ def delta_kernel(out, dout, dlse, delta, sight, heads, HEAD_DIM_V: tl.constexpr,
 
 @triton.jit
 def key_value_kernel(
-    q, k, v, dout, lse, delta, sight, terms, mask, bias, dropout, dk, dv, dbias, kv_heads,
+    q, k, v, dout, lse, delta, sight, terms, mask, bias, dropout, visits, dk, dv, dbias, kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, FIRST: tl.constexpr, DIVIDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -163,9 +166,12 @@ def key_value_kernel(
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         slope = scores.slope(terms, batch, head, ACC)
         dbias_acc = tl.zeros([BLOCK_N], ACC)
+        listed = visit.find(visits, batch, head, start_n, BLOCK_N)
         for PHASE in tl.static_range(FIRST, 3):
             low, high = masks.phase(tiles, PHASE, FIRST)
-            for start_m in tl.range(low, high, BLOCK_M):
+            low, high = visit.turns(visits, listed, low, high, BLOCK_M)
+            for turn in tl.range(low, high, BLOCK_M):
+                start_m = visit.start(visits, listed, turn, BLOCK_M)
                 at_m, last_m = member.start_q + start_m, member.seqlen_q - start_m
                 q_tile = load_tile(q, batch, head, at_m, 0, last_m, BLOCK_M, HEAD_DIM)
                 dout_tile = load_tile(dout, batch, head, at_m, 0, last_m, BLOCK_M, HEAD_DIM_V)
@@ -199,7 +205,7 @@ def key_value_kernel(
 
 @triton.jit
 def query_kernel(
-    q, k, v, dout, lse, delta, sight, terms, mask, bias, dropout, dq, dbias, dslope, heads,
+    q, k, v, dout, lse, delta, sight, terms, mask, bias, dropout, visits, dq, dbias, dslope, heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, FIRST: tl.constexpr, DIVIDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -224,9 +230,12 @@ def query_kernel(
     dbias_acc, dslope_acc = tl.zeros([BLOCK_M], ACC), tl.zeros([BLOCK_M], ACC)
 
     tiles = masks.key_tiles(sight, member, start_m, BLOCK_M, BLOCK_N)
+    listed = visit.find(visits, batch, head, start_m, BLOCK_M)
     for PHASE in tl.static_range(FIRST, 3):
         low, high = masks.phase(tiles, PHASE, FIRST)
-        for start_n in tl.range(low, high, BLOCK_N):
+        low, high = visit.turns(visits, listed, low, high, BLOCK_N)
+        for turn in tl.range(low, high, BLOCK_N):
+            start_n = visit.start(visits, listed, turn, BLOCK_N)
             at, first, last = member.start_k + start_n, member.begin - start_n, member.end - start_n
             k_tile = load_tile(k, batch, head // GROUP, at, first, last, BLOCK_N, HEAD_DIM)
             v_tile = load_tile(v, batch, head // GROUP, at, first, last, BLOCK_N, HEAD_DIM_V)

@@ -51,20 +51,21 @@ class Shares(NamedTuple):
 
 
 def pair_pass(operands: Operands, dbias: torch.Tensor, heads: int, tile: TileConfig, shape: dict[str, int]) -> None:
-    sight = operands.sight
+    sight, mask = operands.sight, operands.mask
     batches, bias_heads = dbias.shape[:2] if dbias.dim() == 4 else (1, 1)
     tiles = -(-sight.seqlen_q // tile.block_m) * -(-sight.seqlen_k // tile.block_n)
     launch(
         bias_kernel, batches * bias_heads * tiles, dbias.device, *operands, broadcast_view(dbias), batches, bias_heads, heads,
-        **shape, **tile.constants(),
+        # Where several heads share the tile, they have to share the mask, for it to hide the tile from all of them.
+        GATED=mask is not None and (mask.head == 0 or bias_heads == heads), **shape, **tile.constants(),
     )  # fmt: skip
 
 
 @triton.jit
 def bias_kernel(
     q, k, v, dout, lse, delta, sight, terms, mask, bias, dropout, dbias, dbias_batches, dbias_heads, heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of a (seqlen_q, seqlen_k) bias gradient, summed over the members and heads that share the bias."""
     ACC: tl.constexpr = matmul.accumulate_dtype(q.ptr.dtype.element_ty)
@@ -79,7 +80,11 @@ def bias_kernel(
     for batch in range(owner // dbias_heads, sight.batch, dbias_batches):
         member = masks.locate(sight, batch)
         visited = masks.key_tiles(sight, member, start_m, BLOCK_M, BLOCK_N)
-        first_head = tl.where((start_n < visited.last) & (start_n + BLOCK_N > visited.first), owner % dbias_heads, heads)  # or none at all
+        sees = (start_n < visited.last) & (start_n + BLOCK_N > visited.first)
+        if GATED:
+            seen = masks.visible(sight, member, mask, batch, owner % dbias_heads, rows, cols)
+            sees &= tl.max(tl.max(seen.to(tl.int32), 1), 0) != 0
+        first_head = tl.where(sees, owner % dbias_heads, heads)  # or none at all
         for head in range(first_head, heads, dbias_heads):
             slope = scores.slope(terms, batch, head, ACC)
             first, last = member.begin - start_n, member.end - start_n

@@ -17,6 +17,7 @@ import triton.language as tl
 from . import dropout as drop
 from . import mask as masks
 from . import matmul, scores, softmax
+from . import visits as visit
 from .launch import launch
 from .options import Options
 from .softmax import LOG2_E
@@ -38,6 +39,7 @@ def decode(
     (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = q.shape, v.shape
     group = heads // kv_heads
     splits = max(1, -(-_most_keys(seqlen_q, seqlen_k, tile.block_n, options) // SPLIT))
+    block_m = max(16, 1 << (seqlen_q * group - 1).bit_length())
     parts, part_lses, sinks = out, lse, options.sinks
     if splits > 1:
         parts = out.new_empty(batch, heads, seqlen_q * splits, head_dim_v, dtype=lse.dtype)
@@ -46,10 +48,11 @@ def decode(
     launch(
         split_kernel, batch * kv_heads * splits if seqlen_q else 0, q.device, view(q), view(k), view(v), view(parts), rows_view(part_lses),
         masks.sight(q, k, options), scores.terms(options.scale, options.softcap, options.alibi_slopes), broadcast_view(options.mask),
-        broadcast_view(options.bias), sinks, 0 if sinks is None else sinks.stride(0), drop.dropout(options), kv_heads, splits,
+        broadcast_view(options.bias), visit.of_keys(options.mask, block_m, tile.block_n, group),
+        sinks, 0 if sinks is None else sinks.stride(0), drop.dropout(options), kv_heads, splits,
         GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, SPLIT=SPLIT, FIRST=masks.first_phase(options),
         DIVIDED=masks.divides_tiles(options),
-        **tile.constants() | {"BLOCK_M": max(16, 1 << (seqlen_q * group - 1).bit_length())},
+        **tile.constants() | {"BLOCK_M": block_m},
     )  # fmt: skip
     if splits > 1:
         sinks = options.sinks
@@ -68,7 +71,7 @@ def _most_keys(seqlen_q: int, seqlen_k: int, block_n: int, options: Options) -> 
 
 @triton.jit
 def split_kernel(
-    q, k, v, out, lse, sight, terms, mask, bias, sinks, sinks_stride, dropout, kv_heads, splits,
+    q, k, v, out, lse, sight, terms, mask, bias, visits, sinks, sinks_stride, dropout, kv_heads, splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, FIRST: tl.constexpr, DIVIDED: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,9 +93,12 @@ def split_kernel(
 
     tiles = masks.key_tiles(sight, member, 0, BLOCK_M, BLOCK_N)
     begin = tiles.first + split * SPLIT
+    listed = visit.find(visits, batch, kv_head, 0, BLOCK_M)
     for PHASE in tl.static_range(FIRST, 3):
         low, high = masks.phase(tiles, PHASE, FIRST)
-        for start_n in tl.range(tl.maximum(low, begin), tl.minimum(high, begin + SPLIT), BLOCK_N):
+        low, high = visit.turns(visits, listed, tl.maximum(low, begin), tl.minimum(high, begin + SPLIT), BLOCK_N)
+        for turn in tl.range(low, high, BLOCK_N):
+            start_n = visit.start(visits, listed, turn, BLOCK_N)
             first, last = member.begin - start_n, member.end - start_n
             k_tile = load_tile(k, batch, kv_head, start_n, first, last, BLOCK_N, HEAD_DIM)
             v_tile = load_tile(v, batch, kv_head, start_n, first, last, BLOCK_N, HEAD_DIM_V)

@@ -12,6 +12,7 @@ import triton.language as tl
 from . import dropout as drop
 from . import mask as masks
 from . import matmul, scores, softmax
+from . import visits as visit
 from .launch import launch
 from .options import Options
 from .softmax import LOG2_E
@@ -28,6 +29,7 @@ def forward(
     launch(
         forward_kernel, programs, q.device, view(q), view(k), view(v), view(out), rows_view(lse), sight,
         scores.terms(options.scale, options.softcap, options.alibi_slopes), broadcast_view(options.mask), broadcast_view(options.bias),
+        visit.of_keys(options.mask, tile.block_m, tile.block_n),
         sinks, 0 if sinks is None else sinks.stride(0), drop.dropout(options), heads,
         GROUP=heads // k.shape[1], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], FIRST=masks.first_phase(options),
         DIVIDED=masks.divides_tiles(options), **tile.constants(),
@@ -36,7 +38,7 @@ def forward(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, sight, terms, mask, bias, sinks, sinks_stride, dropout, heads,
+    q, k, v, out, lse, sight, terms, mask, bias, visits, sinks, sinks_stride, dropout, heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, FIRST: tl.constexpr, DIVIDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,9 +56,12 @@ def forward_kernel(
 
     # Up to three loops with one body: most tiles are seen in full and skip the mask.
     tiles = masks.key_tiles(sight, member, start_m, BLOCK_M, BLOCK_N)
+    listed = visit.find(visits, batch, head, start_m, BLOCK_M)
     for PHASE in tl.static_range(FIRST, 3):
         low, high = masks.phase(tiles, PHASE, FIRST)
-        for start_n in tl.range(low, high, BLOCK_N):
+        low, high = visit.turns(visits, listed, low, high, BLOCK_N)
+        for turn in tl.range(low, high, BLOCK_N):
+            start_n = visit.start(visits, listed, turn, BLOCK_N)
             at, first, last = member.start_k + start_n, member.begin - start_n, member.end - start_n
             k_tile = load_tile(k, batch, head // GROUP, at, first, last, BLOCK_N, HEAD_DIM)
             v_tile = load_tile(v, batch, head // GROUP, at, first, last, BLOCK_N, HEAD_DIM_V)

@@ -120,6 +120,7 @@ WIDEST_TF32X3 = 128  # head_dim: at 256 and 16x16 its parts spill 13 to 218 time
 # forward of bf16 at head_dim 128 wants 196608 bytes of the 166912 on sm_80, 131072 of the 101376 on sm_120. Of fp32 it is 1: dq at 64
 # wants 360448 of the 232448 on sm_90.
 PAIR_STAGES = {"sm_80": 2, "sm_90": 3, "sm_100": 3, "sm_120": 1, "gfx942": 1, "interpreter": 1}
+SINGLE_STAGE = {("sm_100", "dq", 256)}  # two, of bf16 with every option, want 233544 of the 232448 bytes
 
 # Whose tiles fit an architecture without its own: as much shared memory, and the same tensor cores or a later kind of them.
 ALIKE = {
@@ -138,9 +139,11 @@ SMALLEST = {"sm": "sm_120", "gfx": "gfx942"}
 def choose(architecture: str, name: str, head_dim: int, itemsize: int, precision: str, by_pair: bool = False) -> TileConfig:
     """The tile of a pass; head_dim is the larger of q's and v's; by_pair: a mask, a bias or dropout has a number for every pair."""
     rows = table(architecture, itemsize).get(name) or EVERYWHERE[name]
-    block_m, block_n, num_warps, num_stages = rows[min(widest for widest in rows if widest >= head_dim)]
+    widest = min(widest for widest in rows if widest >= head_dim)
+    block_m, block_n, num_warps, num_stages = rows[widest]
     if by_pair:
-        num_stages = min(num_stages, PAIR_STAGES[family(architecture)] if itemsize == 2 else 1)
+        single = itemsize != 2 or (family(architecture), name, widest) in SINGLE_STAGE
+        num_stages = 1 if single else min(num_stages, PAIR_STAGES[family(architecture)])
     if architecture.startswith("gfx") or (precision == "tf32x3" and itemsize == 4 and head_dim > WIDEST_TF32X3):
         precision = "ieee"  # on AMD GPUs fp32 products can be nothing else, and a name they do not know fails for every dtype
     return TileConfig(block_m, block_n, num_warps, num_stages, precision)

@@ -51,34 +51,68 @@ def check_float64() -> None:
 
 
 def check_work() -> None:
-    """As many products of tiles as tiles hold a visible pair: what a mask by position hides costs nothing."""
-    create_dot, calls = interpreter.InterpreterBuilder.create_dot, []
-
-    def counted(*arguments: Any) -> Any:
-        calls.append(None)
-        return create_dot(*arguments)
-
-    one_size = mock.patch.dict(TILES, {name: (16, 16) for name in TILES if name != "decode"})
+    """As many products of tiles as tiles hold a visible pair: what a mask hides as a whole costs nothing, by position or by tensor."""
+    block = {"heads": 1, "seqlen_q": 35, "seqlen_k": 150, "mask_block": 16}
     cases = (
         Case("window", **ONE, seqlen_q=70, seqlen_k=135, window=(20, 3), offset=37),
         Case("ranges", heads=1, seqlen_q=37, seqlen_k=101, kv_lengths=((33, 80), (0, 17)), causal=True, offset=60),
         Case("last-rows", **ONE, seqlen_q=17, seqlen_k=99, causal=True, offset=30),
         Case("first-keys", **ONE, seqlen_q=99, seqlen_k=17, window=(30, None), offset=0),
         Case("packed", heads=1, lengths_q=(5, 40), lengths_k=(50, 7), causal=True),
+        Case("mask", **block, mask="b1qk"),
+        Case("mask-heads", **(block | {"heads": 2}), batch=1, mask="1hqk", window=(60, 15), offset=90),
+        Case("mask-keys", **block, mask="b11k", causal=True),
+        Case("mask-queries", **block, mask="11q1", kv_lengths=(131, 0)),
+        Case("mask-nothing", **ONE, mask="1111"),
+        Case("mask-bias", **block, mask="11qk", bias="b1qk"),
+        Case("mask-bias-heads", **(block | {"heads": 2}), batch=1, mask="1hqk", bias="1hqk"),
+        Case("mask-bias-of-all", **(block | {"heads": 2}), mask="b1qk", bias="11qk"),
     )
-    with one_size, mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counted):
+    one_size = mock.patch.dict(TILES, {name: (16, 16) for name in TILES if name != "decode"})
+    with one_size, counted_products() as calls:
         for case in cases:
             inputs = case.make()
             truth = inputs.truth(backward=False)
-            visible = sum(visible_tiles(truth, member) for member in range(truth.call.batch))
-            for backward, products in ((False, 2), (True, 2 + 4 + 3)):
+            visible = sum(visible_tiles(truth, member, head) for member in range(truth.call.batch) for head in range(case.heads))
+            for backward, products in ((False, 2), (True, 2 + 4 + 3 + (2 if case.bias else 0))):
                 calls.clear()
                 run(inputs, FORWARD, backward)
                 assert len(calls) == products * visible, f"{case.name} takes {len(calls)} products of tiles, not {products} * {visible}"
 
 
-def visible_tiles(truth: Truth, member: int) -> int:
-    seen = truth.call.head(member, 0).visible
+def check_split_work() -> None:
+    """The same where keys are split over programs, and a tile holds the queries of all heads that share a key head."""
+    few = {"batch": 3, "heads": 4, "kv_heads": 2, "seqlen_q": 3, "seqlen_k": 150, "mask_block": 32}
+    with counted_products() as calls:
+        for case in (Case("heads", **few, mask="bhqk"), Case("keys", **few, mask="b11k", kv_lengths=((40, 130), (0, 150), (70, 71)))):
+            inputs = case.make()
+            truth = inputs.truth(backward=False)
+            groups = [(member, head) for member in range(3) for head in (0, 2)]
+            run(inputs, DECODE, backward=False)
+            visible = sum(tiles_of(truth.call.head(b, h).visible | truth.call.head(b, h + 1).visible) for b, h in groups)
+            assert len(calls) == 2 * visible, f"{case.name} takes {len(calls)} products of tiles, not 2 * {visible}"
+            calls.clear()
+
+
+@contextmanager
+def counted_products() -> Iterator[list[None]]:
+    """One element for each product of tiles."""
+    create_dot, calls = interpreter.InterpreterBuilder.create_dot, list[None]()
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(None)
+        return create_dot(*arguments)
+
+    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counted):
+        yield calls
+
+
+def visible_tiles(truth: Truth, member: int, head: int) -> int:
+    return tiles_of(truth.call.head(member, head).visible)
+
+
+def tiles_of(seen: torch.Tensor) -> int:
+    """How many squares of 16 hold a visible pair."""
     rows, columns = (math.ceil(size / 16) * 16 for size in seen.shape)
     padded = torch.zeros(rows, columns, dtype=torch.bool)
     padded[: seen.shape[0], : seen.shape[1]] = seen
@@ -98,6 +132,20 @@ def check_hidden_values() -> None:
             broken = inputs.changed(k=inputs.k.masked_fill(hidden, number), v=inputs.v.masked_fill(hidden, -number))
             check(run(broken, FORWARD), truth)
         check(run(broken, DECODE, backward=False), inputs.truth(backward=False))
+
+
+def check_overflow() -> None:
+    """A row all of whose scores overflow to -inf has seen nothing: zeros, also where no mask is applied."""
+    inputs = Case("overflow", **ONE, seqlen_q=3, seqlen_k=20).make()
+    q, k = inputs.q.clone(), inputs.k.abs().clamp(min=0.1)
+    q[..., 1, :] = -torch.finfo(q.dtype).max
+    for most_rows in (FORWARD, DECODE):
+        result = run(inputs.changed(q=q, k=k), most_rows)
+        assert result["lse"][0, 0, 1] == -math.inf
+        for name in ("out", "dq"):
+            assert (result[name][..., 1, :] == 0).all(), f"{name} of the row is {result[name][..., 1, :]}"
+        for name in ("dk", "dv"):
+            assert result[name].isfinite().all(), f"{name} is {result[name]}"
 
 
 def check_visible_values() -> None:
@@ -134,6 +182,8 @@ def check_memory() -> None:
         for most_rows in (FORWARD, DECODE):
             take(most_rows)
             check(run_checked(inputs, backward=most_rows == FORWARD), inputs.truth(backward=most_rows == FORWARD))
+    late = Case("late", heads=1, seqlen_q=2, seqlen_k=150, kv_lengths=((140, 150), (0, 150)), mask="b11k").make()  # splits past every key
+    check(run_checked(late, backward=False), late.truth(backward=False))
 
 
 def check_untrusted_integers() -> None:
@@ -285,10 +335,12 @@ CHECKS: tuple[Callable[[], None], ...] = (
     check_strided_options,
     check_wide_integers,
     check_visible_values,
+    check_overflow,
     check_single_gradients,
     check_split_passes,
     check_float64,
     check_work,
+    check_split_work,
     check_hidden_values,
     check_memory,
     check_untrusted_integers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .mask_faults import MASK, Table
+from .mask_faults import MASK, VISITS, Table
 from .pass_faults import BACKEND, PASSES
 
 
@@ -28,7 +28,6 @@ SURVIVORS = {
     "dk-rows-past-the-member": "rows past the member have an lse of inf and read as zero: the select is there for the compiler",
     "members-not-monotone": "a negative length sees as little as a length of 0, and what such members give is not specified",
     "dropout-of-everything-keeps": "at p = 1 the threshold keeps one word in 2**32, too rare to be met, which the scale of 0 drops",
-    "weights-lse-unguarded": "it takes a row whose every score overflows to -inf, in a tile without a mask: no problem here has one yet",
     "dk-lse-other-0": "rows past the member are hidden or not there: their weights are 0 whatever their lse",
 }
 
@@ -219,7 +218,7 @@ def planted(file: str, table: Table) -> dict[str, Fault]:
     return {name: Fault(file, *fault) for name, fault in table.items()}
 
 
-PARTS = {"mask": MASK, "tensor": TENSOR, "matmul": MATMUL, "softmax": SOFTMAX, "scores": SCORES, "dropout": DROPOUT}
+PARTS = {"mask": MASK, "visits": VISITS, "tensor": TENSOR, "matmul": MATMUL, "softmax": SOFTMAX, "scores": SCORES, "dropout": DROPOUT}
 FAULTS = {
     name: fault
     for module, table in {**PARTS, **PASSES}.items()

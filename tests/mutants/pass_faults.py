@@ -42,7 +42,7 @@ DECODE: Table = {
     "split-ignores-the-first-tile": ("split-window", "begin = tiles.first + split * SPLIT", "begin = split * SPLIT"),
     "split-not-aligned": ("split-range", "begin = tiles.first + split * SPLIT", "begin = member.begin + split * SPLIT"),
     "split-too-long": ("split", "tl.minimum(high, begin + SPLIT)", "tl.minimum(high, begin + SPLIT + 1)"),
-    "split-range-ignores-its-begin": ("split", "tl.range(tl.maximum(low, begin),", "tl.range(low,"),
+    "split-range-ignores-its-begin": ("split", "listed, tl.maximum(low, begin),", "listed, low,"),
     "splits-too-few": (
         "split-many",
         "-(-_most_keys(seqlen_q, seqlen_k, tile.block_n, options) // SPLIT)",
@@ -56,6 +56,11 @@ DECODE: Table = {
         "options.window_left + options.window_right + seqlen_q + block_n - 1",
         "options.window_left + options.window_right + block_n - 1"),
     "split-rows-and-heads-swapped": ("split", "rows = (packed % sight.seqlen_q)[:, None]", "rows = (packed // GROUP)[:, None]"),
+    "split-list-of-the-first-head": ("split-mask", "visit.find(visits, batch, kv_head, 0,", "visit.find(visits, batch, 0, 0,"),
+    "split-list-of-one-head-of-the-group": (
+        "split-mask",
+        "visit.of_keys(options.mask, block_m, tile.block_n, group)",
+        "visit.of_keys(options.mask, block_m, tile.block_n)"),
     "split-head-of-group-0": (
         "split",
         "head = (kv_head * GROUP + packed // sight.seqlen_q)[:, None]",
@@ -91,7 +96,7 @@ DECODE: Table = {
 DIFFERENTIATE: Table = {
     "weights-without-lse": ("causal", "s - finite_pivot(row_lse) * UNIT, UNIT)", "s, UNIT)"),
     "weights-lse-in-natural-units": ("causal", "finite_pivot(row_lse) * UNIT, UNIT)", "finite_pivot(row_lse), UNIT)"),
-    "weights-lse-unguarded": ("first-rows-empty", "finite_pivot(row_lse) * UNIT, UNIT)", "row_lse * UNIT, UNIT)"),
+    "weights-lse-unguarded": ("overflow", "finite_pivot(row_lse) * UNIT, UNIT)", "row_lse * UNIT, UNIT)"),
     "dropout-missing-in-dp": ("everything", "        dp *= factor\n", "        dp *= 1.0\n"),
     "delta-omitted": ("causal", "ds = p * (dp - row_delta)", "ds = p * dp"),
     "delta-dropped-too": (
@@ -212,6 +217,8 @@ BIAS: Table = {
     "bias-pairs-without-dropout": ("bias", "dp, row_delta, factor, s, True)", "dp, row_delta, None, s, True)"),
     "bias-pairs-stored-past-the-rows": ("memory", "mask=(rows < sight.seqlen_q) & ", "mask=(rows <= sight.seqlen_q) & "),
     "bias-pairs-unstored-column": ("bias-1hqk", "(cols < sight.seqlen_k))", "(cols < sight.seqlen_k - 1))"),
+    "bias-hidden-tiles-computed": ("work", "sees &= tl.max(tl.max(seen.to(tl.int32), 1), 0) != 0", "sees = sees"),
+    "bias-mask-of-one-head-for-all": ("bias-mask-heads", "mask.head == 0 or bias_heads == heads", "True"),
     "bias-grid-one-tile-short": ("bias-1hqk", "* -(-sight.seqlen_k // tile.block_n)", "* (sight.seqlen_k // tile.block_n)"),
 }
 LAUNCH: Table = {

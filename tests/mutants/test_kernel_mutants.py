@@ -19,9 +19,10 @@ from .kernel_faults import FAULTS, SURVIVORS
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "fused_attention"
 
-# Of a mask, a range of tiles, a rescaling, an address, a gradient and the host.
+# Of a mask, the tiles it hides, a range of tiles, a rescaling, an address, a gradient and the host.
 FEW = (
     "visible-right-off-by-one",
+    "lists-of-everything",
     "keys-full-right-off-by-one",
     "acc-not-rescaled",
     "columns-taken-for-contiguous",

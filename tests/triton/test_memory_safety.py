@@ -27,6 +27,7 @@ SINGLE = [case for case in CASES if "+" not in case.name and case.seqlen_q * cas
 FORWARD = [case for number, case in enumerate(SINGLE) if number % 3 == 0 or "everything" in case.name]
 FEW_QUERIES = [case for case in SINGLE if case.lengths_q is None and case.seqlen_q * case.heads // (case.kv_heads or case.heads) <= 64]
 DECODE = [case for number, case in enumerate(FEW_QUERIES) if number % 4 == 1 or case.name in ("everything", "decode", "one-query")]
+DECODE.append(Case("late-range", heads=1, seqlen_q=2, seqlen_k=150, kv_lengths=((140, 150), (0, 150)), mask="b11k"))  # splits past all keys
 
 
 @pytest.fixture(params=["forward", "decode"])

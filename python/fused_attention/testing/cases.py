@@ -81,6 +81,9 @@ VISIBILITY = (
     Case("kv-range-reversed", kv_lengths=((9, 4), (0, 17))),
     Case("mask-2d", mask="qk"),
     *(Case(f"mask-{pattern}", mask=pattern) for pattern in ("1111", "11qk", "b11k", "1hq1", "bh1k", "b1q1")),
+    Case("causal-negative-scale", causal=True, scale=-0.3, **SELF),
+    Case("causal-zero-scale", causal=True, scale=0.0, **SELF),
+    Case("mask-blocks", mask="bhqk", mask_block=16, seqlen_q=35, seqlen_k=150, heads=4, kv_heads=2),
     Case("mask-causal-window", mask="b1qk", causal=True, window=(9, None), **SELF),
 )
 SCORES = (

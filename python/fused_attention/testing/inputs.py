@@ -86,6 +86,7 @@ class Case:
     window: tuple[int | None, int | None] | None = None
     offset: int | tuple[int, ...] | None = None  # one, or one for each member
     mask: str | None = None  # broadcast pattern: "qk", or 4 letters of "bhqk" with 1 for a size of 1, as "b11k"
+    mask_block: int | None = None  # the mask hides whole squares of this many queries and keys besides
     bias: str | None = None
     hiding_bias: bool = False  # some of the bias is -inf
     kv_lengths: tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
@@ -136,7 +137,7 @@ class Case:
         if self.offset is not None:
             options["offset"] = draw.integers(self.offset) if isinstance(self.offset, tuple) else self.offset
         if self.mask is not None:
-            options["mask"] = draw.mask(self._pattern(self.mask))
+            options["mask"] = draw.mask(self._pattern(self.mask), self.mask_block)
         if self.bias is not None:
             options["bias"] = draw.bias(self._pattern(self.bias), self.hiding_bias)
         if self.kv_lengths is not None:
@@ -171,9 +172,13 @@ class Draw:
         values = (torch.randn(shape, generator=self.generator, dtype=torch.float64) * magnitude).to(dtype or self.dtype)
         return lay_out(values.to(self.device), layout)
 
-    def mask(self, shape: tuple[int, ...]) -> Tensor:
+    def mask(self, shape: tuple[int, ...], block: int | None = None) -> Tensor:
         hidden = torch.rand(shape, generator=self.generator) < 0.3
         hidden.view(-1)[:1] = True  # a mask of one value would otherwise change nothing
+        if block is not None:
+            rows, columns = shape[-2:]
+            blocks = torch.rand((*shape[:-2], -(-rows // block), -(-columns // block)), generator=self.generator) < 0.5
+            hidden |= blocks.repeat_interleave(block, -2)[..., :rows, :].repeat_interleave(block, -1)[..., :columns]
         return (~hidden).to(self.device)
 
     def bias(self, shape: tuple[int, ...], hiding: bool) -> Tensor:
