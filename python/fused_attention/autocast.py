@@ -10,6 +10,8 @@ from torch import Tensor
 
 def cast(*operands: Tensor) -> tuple[Tensor, ...]:
     """The operands in autocast's dtype where it is on for their device, else as they are."""
+    if not torch._C._is_any_autocast_enabled():
+        return operands
     first = operands[0]
     if not isinstance(first, Tensor) or not _known(first.device) or not torch.is_autocast_enabled(first.device.type):
         return operands

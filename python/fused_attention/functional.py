@@ -13,15 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, dropout, ops, reference
-from .backend import REFERENCE, Explanation, choose, explanation
+from . import autocast, dropout, jagged, ops, reference
+from .backend import REFERENCE, Explanation, explanation
+from .plans import plan
 from .problem import AttentionOutput
 from .validation import check
-
-NO_RECTANGLE = (
-    "{name} does not apply to packed sequences, whose pairs fill no (seqlen_q, seqlen_k) rectangle: "
-    "use causal, window, offset, kv_lengths or alibi_slopes"
-)
 
 
 def attention(
@@ -75,9 +71,9 @@ def attention(
         NotImplementedError: the demanded backend can't compute this call; the sentence says why.
     """
     options = _options(locals())
-    if not _any_nested(q, k, v):
+    if not jagged.any_nested(q, k, v):
         return _attend(q, k, v, options, backend).out
-    rows, cu_seqlens = _unpack_jagged(q, k, v, options)
+    rows, cu_seqlens = jagged.unpack(q, k, v, options)
     out = _attend(*rows, options | cu_seqlens, backend).out
     return torch.nested.nested_tensor_from_jagged(out, cu_seqlens["cu_seqlens_q"]).transpose(1, 2)
 
@@ -144,7 +140,7 @@ def attention_varlen(
     Raises:
         ValueError, TypeError, NotImplementedError: as `attention`; mask and bias are refused, for packed pairs fill no rectangle.
     """
-    _reject(rejected)
+    jagged.reject(rejected)
     return _attend(q, k, v, _options(locals()) | {"packed": True}, backend).out
 
 
@@ -169,7 +165,7 @@ def attention_varlen_with_lse(
     **rejected: Any,
 ) -> AttentionOutput:
     """`attention_varlen`, and its lse (heads, total_q) as `attention_with_lse` has it; arguments and errors as there."""
-    _reject(rejected)
+    jagged.reject(rejected)
     return _attend(q, k, v, _options(locals()) | {"packed": True}, backend)
 
 
@@ -233,8 +229,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **op
             raise TypeError(
                 f"explain() got an unexpected keyword argument {name!r}: it takes the options of attention and attention_varlen"
             )
-    if _any_nested(q, k, v):
-        (q, k, v), cu_seqlens = _unpack_jagged(q, k, v, options)
+    if jagged.any_nested(q, k, v):
+        (q, k, v), cu_seqlens = jagged.unpack(q, k, v, options)
         options |= cu_seqlens
     q, k, v = autocast.cast(q, k, v)
     return explanation(check(q, k, v, **options), backend)
@@ -254,8 +250,8 @@ def warmup(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **opt
         The backend that ran.
     """
     chosen = explain(q, k, v, backend=backend, **options).backend
-    if _any_nested(q, k, v):
-        (q, k, v), cu_seqlens = _unpack_jagged(q, k, v, options)
+    if jagged.any_nested(q, k, v):
+        (q, k, v), cu_seqlens = jagged.unpack(q, k, v, options)
         options |= cu_seqlens
     with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
         if "cu_seqlens_q" in options:
@@ -273,50 +269,18 @@ _EXPLAINED = frozenset(inspect.signature(check).parameters) - {"q", "k", "v", "p
 
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     """The options among a public function's arguments that were given."""
-    return {name: value for name, value in arguments.items() if name not in _OPERANDS and value is not None}
+    return {name: value for name, value in arguments.items() if value is not None and name not in _OPERANDS}
 
 
-_OPERANDS = ("q", "k", "v", "lse", "average_heads", "backend", "rejected")
+_OPERANDS = frozenset(("q", "k", "v", "lse", "average_heads", "backend", "rejected"))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> AttentionOutput:
     q, k, v = autocast.cast(q, k, v)
-    problem = check(q, k, v, **options)
+    problem, name = plan(q, k, v, options, backend)
     if problem.dropout_p > 0 and problem.dropout_seed is None:
         problem = problem._replace(dropout_seed=dropout.new_seed(q.device))
-    name = choose(problem, backend)
     if name != REFERENCE:
         return ops.run(q, k, v, problem, name)
     with autocast.off(q.device):
         return reference.attention(q, k, v, problem)
-
-
-def _reject(arguments: dict[str, Any]) -> None:
-    for name in arguments:
-        if name in ("mask", "bias"):
-            raise TypeError(NO_RECTANGLE.format(name=name))
-        raise TypeError(f"unexpected keyword argument {name!r}")
-
-
-def _any_nested(*operands: Tensor) -> bool:
-    return any(isinstance(operand, Tensor) and operand.is_nested for operand in operands)
-
-
-def _unpack_jagged(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """Jagged (batch, heads, jagged, head_dim) as packed sequences, and what says where each begins."""
-    _reject({name: value for name, value in options.items() if name in ("mask", "bias")})
-    for name, operand in (("q", q), ("k", k), ("v", v)):
-        if not (isinstance(operand, Tensor) and operand.is_nested and operand.layout is torch.jagged and operand.dim() == 4):
-            raise TypeError(f"{name} is not a jagged nested tensor (batch, heads, jagged, head_dim): pass all three as such, or none")
-    operands: list[Any] = [q, k, v]  # _ragged_idx, offsets(), lengths() and values() are a jagged tensor's own
-    for name, jagged in zip("qkv", operands, strict=True):
-        if jagged._ragged_idx != 2:
-            raise ValueError(
-                f"{name} is ragged in dimension {jagged._ragged_idx}, expected 2: (batch, heads, jagged, head_dim), use .transpose(1, 2)"
-            )
-        if jagged.lengths() is not None:
-            raise ValueError(f"{name} has holes between its members: make it contiguous, or use attention_varlen with kv_lengths")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError("k and v are jagged in unlike ways: build both from the same offsets, as nested_tensor_from_jagged does")
-    rows_q, rows_k, rows_v = (jagged.transpose(1, 2).values() for jagged in operands)
-    return (rows_q, rows_k, rows_v), {"cu_seqlens_q": operands[0].offsets(), "cu_seqlens_k": operands[1].offsets()}

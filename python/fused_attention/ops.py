@@ -6,6 +6,8 @@ derivative of backward, and forward-mode derivatives, come from blockwise.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import blockwise, second_derivative
 from .backend import KERNELS
 from .batching import batched
-from .problem import AttentionOutput, Gradients, Layout, Problem, empty_output
+from .problem import ORDINARY, AttentionOutput, Gradients, Layout, Problem, empty_output
 
 OPTIONS = (
     "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, Tensor? kv_lengths, Tensor? offsets, Tensor? dropout_seed, "
@@ -41,14 +43,46 @@ TENSORS = 12  # the arguments before the scalars
 
 def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> AttentionOutput:
     """out and lse of a checked problem on a chosen kernel backend, under whatever transform is active."""
-    arguments = (q, k, v, *_options(problem), backend)
     if torch.compiler.is_compiling():
-        return AttentionOutput(*forward_op(*arguments))
+        return AttentionOutput(*forward_op(q, k, v, *_options(problem), backend))
+    if not problem.gradients and unheard(q, k, v, problem):
+        return KERNELS[backend].forward(q, k, v, problem)
+    arguments = (q, k, v, *_options(problem), backend)
     if forward_ad._current_level >= 0 or _levels("Jvp") or _levels("Grad") > 1:
         return blockwise.forward(q, k, v, problem)
     if torch._C._are_functorch_transforms_active():
         return AttentionOutput(*TransformedAttention.apply(*arguments))  # type: ignore[no-untyped-call]
     return AttentionOutput(*forward_op(*arguments))
+
+
+def unheard(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> bool:
+    """Whether nobody but the kernel would notice the operator: then its dispatch, a good part of a short call's time, can be left out.
+
+    Whoever would is seen in dispatch keys (wrappers, tracers, modes, views that negate), or by its own switch.
+    """
+    if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled or torch._C._is_torch_function_mode_enabled():
+        return False
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~QUIET:
+        return False
+    special = ~PLAIN.get(q.device.type, 0)
+    # A loop takes half the time of any().
+    for x in (q, k, v, *problem[FIRST_OPTION:]):
+        if isinstance(x, Tensor) and (type(x) not in ORDINARY or torch._C._dispatch_keys(x).raw_repr() & special):
+            return False
+    return True
+
+
+def _key_set(*keys: str) -> int:
+    return int(functools.reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr() for key in keys)))
+
+
+# What the keys of a tensor, and of a thread, are where nothing is special about it.
+PLAIN = {
+    "cpu": _key_set("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView"),
+    "cuda": _key_set("CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView"),
+}
+QUIET = _key_set("BackendSelect", "ADInplaceOrView")
+FIRST_OPTION = Problem._fields.index("window_left")
 
 
 def _levels(kind: str) -> int:
@@ -81,7 +115,7 @@ def _options(problem: Problem) -> Arguments:
     )
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, options: Arguments, gradients: frozenset[str] = frozenset()) -> Problem:
+def problem_of(q: Tensor, k: Tensor, v: Tensor, options: Arguments, gradients: frozenset[str] = frozenset()) -> Problem:
     """The inverse of _options, for the side behind the operator."""
     bias, slopes, sinks, mask, kv_lengths, offsets, seed, cu_q, cu_k, offset, left, right, scale, softcap, dropout_p = options
     return Problem(
@@ -109,7 +143,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, options: Arguments, gradients: fro
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = KERNELS[options[-1]].forward(q, k, v, _problem(q, k, v, options[:-1]))
+    out, lse = KERNELS[options[-1]].forward(q, k, v, problem_of(q, k, v, options[:-1]))
     return out, lse
 
 
@@ -118,7 +152,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *facts, backend, needed = options
     wanted = frozenset(name for name, need in zip(Gradients._fields, needed, strict=True) if need)
-    problem = _problem(q, k, v, tuple(facts), wanted)
+    problem = problem_of(q, k, v, tuple(facts), wanted)
     gradients = KERNELS[backend].backward(dout, dlse, q, k, v, out, lse, problem)
     likes = (q, k, v, problem.bias, problem.alibi_slopes, problem.sinks)
     return tuple(_as_fake(gradient, like, need) for gradient, like, need in zip(gradients, likes, needed, strict=True))
@@ -135,7 +169,7 @@ def _as_fake(gradient: Tensor | None, like: Tensor | None, need: bool) -> Tensor
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    problem = _problem(q, k, v, options[:-1])
+    problem = problem_of(q, k, v, options[:-1])
     rows = (problem.heads, problem.seqlen_q) if problem.packed else (problem.batch, problem.heads, problem.seqlen_q)
     return empty_output(q, problem.head_dim_v), q.new_empty(rows, dtype=problem.accumulate_dtype)
 
@@ -176,7 +210,7 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> Arguments:
     given = Gradients(*(cotangent if need else None for cotangent, need in zip(cotangents, needed, strict=True)))
     if all(cotangent is None for cotangent in given):
         return (None,) * (TENSORS + 4 + len(ctx.scalars))
-    found = second_derivative.double_backward(given, dout, dlse, q, k, v, out, lse, _problem(q, k, v, (*options, *scalars)))
+    found = second_derivative.double_backward(given, dout, dlse, q, k, v, out, lse, problem_of(q, k, v, (*options, *scalars)))
     return found + (None,) * (TENSORS + 4 + len(ctx.scalars) - len(found))
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ORDINARY = frozenset((Tensor, torch.nn.Parameter))  # types whose sizes are numbers, not symbols, and that override nothing
 FAR = 2**61  # a window or offset beyond it means the same as it, and sums of two stay inside int64
 
 

@@ -76,7 +76,8 @@ def _fused_call(k: Tensor, v: Tensor, problem: Problem) -> _FusedCall | None:
     if problem.window_left is None and problem.kv_lengths is None:
         if problem.window_right is None and problem.mask is not None:
             return _key_mask_call(problem.mask, problem)
-        if problem.window_right == 0 and static_offset(problem) == 0 and problem.mask is None:  # causal from the first key on
+        causal = problem.window_right == 0 and static_offset(problem) == 0 and problem.mask is None  # from the first key on
+        if causal and problem.scale > 0:  # it hides before it scales: -inf times what is not positive is inf or nan
             return _FusedCall(causal=True, mask=None)
     return None
 

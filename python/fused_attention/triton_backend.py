@@ -87,7 +87,8 @@ def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """out and lse for a kernel to write; packed rows of no member, which no program visits, hold what they have to."""
     out = empty_output(q, problem.head_dim_v)
     if not problem.packed:
-        return out, q.new_empty(q.shape[:3], dtype=problem.accumulate_dtype)
+        batch, heads, seqlen_q, _ = q.shape
+        return out, torch.empty((batch, heads, seqlen_q), dtype=problem.accumulate_dtype, device=q.device)
     lse = q.new_full((problem.heads, problem.seqlen_q), -torch.inf, dtype=problem.accumulate_dtype)
     return out.zero_(), lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])
 

@@ -1,0 +1,83 @@
+"""The problem of a call and the backend that computes it, remembered: a call like an earlier one does not pay for its checks again.
+
+facts of q, k, v and of every option, and which gradients are needed  ->  problem, backend
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import choose
+from .problem import ORDINARY, Problem
+from .validation import check
+
+MOST = 4096  # plans, with ever new lengths; then they are made anew
+
+
+class Plan(NamedTuple):
+    problem: Problem
+    backend: str
+
+
+class Remembered(NamedTuple):
+    plan: Plan  # without the tensors of the call it was made for
+    tensors: tuple[tuple[str, str], ...]  # field of the problem, option that fills it
+
+
+_remembered: dict[tuple[Any, ...], Remembered] = {}
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> Plan:
+    """The problem of a call, checked, and the name of the backend that is to compute it; raises what `check` and `choose` raise."""
+    key = None if torch.compiler.is_compiling() else _key(q, k, v, options, backend)
+    known = None if key is None else _remembered.get(key)
+    if known is not None:
+        if not known.tensors:
+            return known.plan
+        return known.plan._replace(problem=known.plan.problem._replace(**{field: options[name] for field, name in known.tensors}))
+    problem = check(q, k, v, **options)
+    made = Plan(problem, choose(problem, backend))
+    if key is not None:
+        _remember(key, made, options)
+    return made
+
+
+def forget() -> None:
+    """Every call is checked anew."""
+    _remembered.clear()
+
+
+def _remember(key: tuple[Any, ...], made: Plan, options: dict[str, Any]) -> None:
+    if len(_remembered) >= MOST:
+        forget()
+    facts = made.problem._asdict()
+    tensors = tuple(
+        (field, next(name for name, option in options.items() if option is value))
+        for field, value in facts.items()
+        if isinstance(value, Tensor)
+    )
+    nothing: dict[str, Any] = {field: None for field, _ in tensors}
+    _remembered[key] = Remembered(made._replace(problem=made.problem._replace(**nothing)), tensors)
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> tuple[Any, ...] | None:
+    """What tells one call from another; None where it has no hash, or the checks are owed an answer."""
+    if not (type(q) in ORDINARY and type(k) in ORDINARY and type(v) in ORDINARY):
+        return None
+    given: list[Any] = [backend, torch.is_grad_enabled()]
+    try:
+        for x in (q, k, v):
+            given += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+        for name, value in options.items():
+            kind = type(value)  # True equals 1, and the checks tell them apart
+            if kind in ORDINARY:
+                value = (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+            given += (name, kind, value)
+        key = tuple(given)
+        hash(key)
+    except (TypeError, RuntimeError):  # a list has no hash, a sparse tensor no strides
+        return None
+    return key

@@ -1,0 +1,172 @@
+"""A call like an earlier one skips checks and dispatch, and nothing that tells two calls apart, or listens to one, is missed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_attention import attention, attention_varlen, ops, plans
+
+TENSORS = {
+    "mask": lambda: torch.rand(5, 7) < 0.7,
+    "bias": lambda: torch.randn(2, 1, 5, 7),
+    "kv_lengths": lambda: torch.tensor([3, 7]),
+    "offset": lambda: torch.tensor([1, 2]),
+    "alibi_slopes": lambda: torch.rand(4),
+    "sinks": lambda: torch.randn(4),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(plans, "_remembered", {})
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """One element for each call that was checked."""
+    made = []
+    check = plans.check
+    monkeypatch.setattr(plans, "check", lambda *args, **options: made.append(options) or check(*args, **options))
+    return made
+
+
+def operands(batch=2, seqlen_q=5, dtype=torch.float32):
+    return tuple(torch.randn(batch, heads, rows, 8, dtype=dtype) for heads, rows in ((4, seqlen_q), (2, 7), (2, 7)))
+
+
+def test_the_same_facts_are_checked_once(checks):
+    for _ in range(3):
+        attention(*operands(), causal=True, window=(3, None))
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_remembered_call_uses_the_tensor_that_it_is_given(name, checks):
+    q, k, v = operands()
+    options = [{name: make()} for make in [TENSORS[name]] * 2]
+    results = [attention(q, k, v, backend="reference", **option) for option in options]
+    assert len(checks) == 1
+    plans._remembered.clear()
+    torch.testing.assert_close(results[1], attention(q, k, v, backend="reference", **options[1]), rtol=0, atol=0)
+
+
+def test_packed_keys_default_to_those_of_the_queries(checks):
+    q = torch.randn(12, 2, 8)
+    for lengths in ([0, 5, 12], [0, 1, 12]):
+        cu_seqlens = torch.tensor(lengths)
+        expected = attention_varlen(q, q, q, cu_seqlens, cu_seqlens.clone(), backend="reference")
+        torch.testing.assert_close(attention_varlen(q, q, q, cu_seqlens, backend="reference"), expected, rtol=0, atol=0)
+    assert len(checks) == 2
+
+
+def changed(q, k, v):
+    """Calls of which each differs from the plain one in a single fact."""
+    yield (q[:, :, :3], k, v), {}
+    yield (q.transpose(2, 3).contiguous().transpose(2, 3), k, v), {}
+    yield tuple(x.double() for x in (q, k, v)), {}
+    yield (q.clone().requires_grad_(), k, v), {}
+    yield (q, k, v), {"causal": True}
+    yield (q, k, v), {"scale": 0.5}
+    yield (q, k, v), {"mask": torch.ones(5, 7, dtype=torch.bool)}
+    yield (q, k, v), {"mask": torch.ones(1, 7, dtype=torch.bool).expand(5, 7)}
+    yield (q, k, v), {"backend": "torch"}
+
+
+def test_whatever_differs_is_checked(checks):
+    q, k, v = operands()
+    attention(q, k, v)
+    for number, (tensors, options) in enumerate(changed(q, k, v), start=2):
+        attention(*tensors, **options)
+        assert len(checks) == number, options
+    with torch.no_grad():
+        attention(q.requires_grad_(), k, v)
+    assert len(checks) == number + 1
+
+
+def test_a_wrong_type_that_equals_a_right_one_is_still_refused():
+    q, k, v = operands()
+    attention(q, k, v, causal=True, softcap=1.0)
+    with pytest.raises(TypeError, match="causal is 1"):
+        attention(q, k, v, causal=1, softcap=1.0)
+    with pytest.raises(ValueError, match="softcap is True"):
+        attention(q, k, v, causal=True, softcap=True)
+
+
+def test_what_has_no_hash_is_checked_each_time(checks):
+    for _ in range(2):
+        attention(*operands(), window=[3, 0])
+    assert len(checks) == 2
+
+
+def test_a_wrong_call_is_refused_each_time():
+    for _ in range(2):
+        with pytest.raises(ValueError, match="window left is -1"):
+            attention(*operands(), window=(-1, 0))
+
+
+def test_no_tensor_is_kept_alive():
+    mask = TENSORS["mask"]()
+    attention(*operands(), mask=mask)
+    kept = weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert kept() is None
+    assert len(plans._remembered) == 1
+
+
+def test_there_are_never_more_than_so_many(monkeypatch):
+    monkeypatch.setattr(plans, "MOST", 3)
+    for seqlen_q in range(1, 9):
+        attention(*operands(seqlen_q=seqlen_q))
+        assert len(plans._remembered) <= 3
+
+
+def test_a_plain_call_goes_straight_to_the_kernel(monkeypatch):
+    q, k, v = operands()
+    expected = attention(q, k, v, mask=(mask := TENSORS["mask"]()))
+    monkeypatch.setattr(ops, "forward_op", None)
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            torch.testing.assert_close(attention(q, k, v, mask=mask), expected, rtol=0, atol=0)
+
+
+def negated(x):
+    """A view with the negative bit: its memory holds -x."""
+    return torch.view_as_complex(torch.stack([torch.zeros_like(x), -x], -1)).conj().imag
+
+
+class Counted(torch.Tensor):
+    """A subclass, which __torch_function__ shows each call."""
+
+
+def test_whoever_listens_still_hears_the_operator(monkeypatch):
+    """Modes, tracers, transforms, the profiler, and tensors that are more than their memory."""
+    q, k, v = operands()
+    problem = plans.plan(q, k, v, {}, None).problem
+    assert ops.unheard(q, k, v, problem)
+    heard = []
+    contexts = (FlopCounterMode(display=False), TorchFunctionMode(), torch.device("cpu"), torch.profiler.profile(), mock.MagicMock())
+    for context in contexts:
+        with context:
+            heard.append(not ops.unheard(q, k, v, problem))
+    assert heard == [True] * 4 + [False]
+    for x in (negated(q), torch._efficientzerotensor(q.shape), q.as_subclass(Counted)):
+        assert not ops.unheard(x, k, v, problem), type(x)
+        assert not ops.unheard(q, k, x, problem), type(x)
+    assert not ops.unheard(q, k, v, problem._replace(bias=negated(torch.randn(5, 7))))
+    for transform in (torch.vmap, torch.func.grad):
+        transform(lambda x: heard.append(not ops.unheard(x, k, v, problem)) or x.sum())(q)
+    torch.jit.trace(lambda x: heard.append(not ops.unheard(x, k, v, problem)) or x, (q,), check_trace=False)
+    assert heard[5:] == [True] * 3
+
+
+def test_a_negative_view_is_read_for_what_it_says():
+    q, k, v = operands()
+    torch.testing.assert_close(attention(negated(q), k, negated(v)), attention(q, k, v), rtol=0, atol=0)
