@@ -14,7 +14,7 @@ INTERPRETED := tests/triton $(addprefix tests/test_,$(addsuffix .py,matrix gener
 export FUSED_ATTENTION_CPU ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-compiled test-interpreted mutants fuzz fuzz-compiled fuzz-interpreted codegen gpu lint format wheel clean
+.PHONY: help install bench test test-compiled test-interpreted mutants fuzz fuzz-compiled fuzz-interpreted codegen sanitize cross gpu lint format wheel clean
 
 help:
 	@echo 'make bench    check and time attention on this machine'
@@ -23,6 +23,8 @@ help:
 	@echo 'make mutants  faults planted in the Triton kernels, which the tests must notice'
 	@echo 'make fuzz     thousands of generated problems, COUNT=2000 of them'
 	@echo 'make codegen  what the Triton kernels compile to, for every architecture'
+	@echo 'make sanitize the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, and between guard pages'
+	@echo 'make cross    compile the C++ kernels for ARM and for macOS'
 	@echo 'make gpu      prove and time everything on this machine'"'"'s NVIDIA GPU, in under 9 minutes'
 	@echo 'make format   let ruff and clang-format rewrite the sources'
 	@echo 'make wheel    dist/*.tar.gz, and dist/*.whl built from it'
@@ -57,6 +59,19 @@ codegen: $(INSTALLED) build/codegen/.installed
 build/codegen/.installed: tests/codegen/constraints-triton-3.6.txt
 	test -x build/codegen/venv/bin/python || $(PYTHON) -m venv build/codegen/venv
 	build/codegen/venv/bin/python -m pip install -c $< torch triton numpy
+	@touch $@
+
+# Builds of their own in build/sanitize: the installed module stays as it is.
+sanitize: $(INSTALLED)
+	$(BIN)/python -m tests.sanitize.run
+
+# zig brings a clang and the headers of every system.
+cross: $(INSTALLED) build/ziglang/.installed
+	$(BIN)/python -m tests.sanitize.cross
+
+build/ziglang/.installed:
+	test -x build/ziglang/venv/bin/python || $(PYTHON) -m venv build/ziglang/venv
+	build/ziglang/venv/bin/python -m pip install ziglang==0.17.1
 	@touch $@
 
 # In the machine's own Python, which has torch with CUDA, triton and pytest: nothing is installed.

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from . import goals
 from .contenders import contenders
 from .environment import stamp
 from .measure import Row, measure
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of every contender (default 1)")
     parser.add_argument("--no-train", action="store_true", help="leave the training run out")
     parser.add_argument("--no-plot", action="store_true", help="leave the sweep over sequence lengths and its plot out")
+    parser.add_argument("--device", choices=("cpu",), help="race each class of calls of this device's backend against its goals instead")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs, weights and batches (default 0)")
 
 
@@ -77,7 +80,29 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         protocol = replace(protocol, least_rounds=3, budget=0.3)
     with _threads(args.threads):
+        if args.device is not None:
+            return _race(console, protocol, stamp(protocol, malloc, args.seed), paths[0])
         return _run(args, console, protocol, malloc, *paths)
+
+
+def _race(console: Console, protocol: Protocol, environment: dict[str, Any], json_path: Path) -> int:
+    """The goals; 1 if one is missed."""
+    environment["best_gemm"] = {dtype: best_gemm(DTYPES[dtype], protocol) for dtype in ("fp32", "bf16")}
+    header(console, environment)
+    chosen, results = list(goals.goals()), []
+    with _progress(console) as bar:
+        task = bar.add_task("goals", total=len(chosen))
+        for goal in chosen:
+            bar.update(task, description=goal.title)
+            bar.refresh()
+            results += goals.judge(goal, protocol)
+            bar.advance(task)
+    console.print(goals.table(results))
+    write_json(json_path, {"environment": environment, "goals": [result.as_json() for result in results]})
+    missed = sum(not result.met for result in results)
+    console.print(Text(f"JSON: {json_path}"))
+    console.print(Text(f"{len(results) - missed} of {len(results)} goals met", style="bold red" if missed else "bold green"))
+    return 1 if missed else 0
 
 
 def _run(args: argparse.Namespace, console: Console, protocol: Protocol, malloc: str, json_path: Path, plot_path: Path) -> int:

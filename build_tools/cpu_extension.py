@@ -23,6 +23,7 @@ from setuptools.errors import CompileError
 # No -march: one binary holds a table for each instruction set and picks at load.
 # No -ffast-math: g++ 12 would link crtfastmath, which flushes denormals in the whole process.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-fPIC")
+LINK_FLAGS = ("-fopenmp", "-s")
 
 
 class Compiler(NamedTuple):
@@ -53,18 +54,21 @@ def find_compiler() -> Compiler:
     return Compiler(tuple(command), answer.stdout.splitlines()[0])
 
 
-def compile_cpu(sources: list[str], target: Path, folder: Path) -> dict[str, str]:
+def compile_cpu(
+    sources: list[str], target: Path, folder: Path, flags: tuple[str, ...] = FLAGS, link_flags: tuple[str, ...] = LINK_FLAGS
+) -> dict[str, str]:
     """Makes `target` from `sources` with objects under `folder`; returns what was used, raises CompileError with the compiler's message."""
     import pybind11
 
     compiler = find_compiler()
-    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = (*flags, *shlex.split(os.environ.get("CXXFLAGS", "")))
+    link_flags = (*link_flags, *shlex.split(os.environ.get("LDFLAGS", "")))
     folder.mkdir(parents=True, exist_ok=True)
     # An isolated build finds pybind11 in a new place each time; behind a link the commands, and so the objects, stay valid.
     pybind = Path(f"pybind11-{pybind11.__version__}")
     (folder / pybind).unlink(missing_ok=True)
     (folder / pybind).symlink_to(pybind11.get_include(), target_is_directory=True)
-    (folder / "build.ninja").write_text(_ninja_file(sources, compiler, flags, pybind, folder))
+    (folder / "build.ninja").write_text(_ninja_file(sources, compiler, flags, link_flags, pybind, folder))
     jobs = f"-j{os.cpu_count() or 1}"
     made = subprocess.run(
         [sys.executable, "-m", "ninja", "-C", str(folder), jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,13 +82,15 @@ def compile_cpu(sources: list[str], target: Path, folder: Path) -> dict[str, str
     return {"compiler": compiler.version, "flags": shlex.join(flags), "pybind11": pybind11.__version__}
 
 
-def _ninja_file(sources: list[str], compiler: Compiler, flags: list[str], pybind: Path, folder: Path) -> str:
+def _ninja_file(
+    sources: list[str], compiler: Compiler, flags: tuple[str, ...], link_flags: tuple[str, ...], pybind: Path, folder: Path
+) -> str:
     """The text of build.ninja; its paths are relative to `folder`."""
     from ninja.ninja_syntax import escape, escape_path
 
     root = os.path.relpath(".", folder)
     includes = [f"-I{root}/csrc", "-isystem", str(pybind), "-isystem", sysconfig.get_paths()["include"]]
-    link = ["-shared", "-fopenmp", "-s", *shlex.split(os.environ.get("LDFLAGS", ""))]
+    link = ["-shared", *link_flags]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
     cxx = escape(shlex.join(compiler.command))

@@ -1,27 +1,46 @@
 // One attention call as the kernels see it: the only contract between Python, C++ and CUDA.
 //
-//   out = softmax(scale q k^T) v over the visible pairs,  lse = log(sum(exp(scale q k^T))) in natural logarithm
+//   out = softmax(softcap(scale q k^T) + bias - slope |i + offset - j|) v over the visible pairs, with dropout
+//   lse = log(sum(exp(those scores)) + exp(sink)), in natural logarithm
 #pragma once
 
 #include <cstdint>
 
-// A 4-D tensor: its first element and its strides, in elements. A stride may be 0 or negative.
+enum class Element : int64_t { kFloat32, kFloat64, kBFloat16, kFloat16, kBool };
+
+inline int64_t bytes_of(Element element) {
+  constexpr int64_t kBytes[] = {4, 8, 2, 2, 1};
+  return kBytes[static_cast<int64_t>(element)];
+}
+
+// A 4-D tensor: its first element and its strides, in bytes. A stride may be 0 or negative. Of a mask or bias, seq
+// counts queries and dim keys.
 struct View {
-  void* data;
+  char* data;
+  Element element;
   int64_t batch, head, seq, dim;
 
-  float* head_of(int64_t b, int64_t h) const { return static_cast<float*>(data) + b * batch + h * head; }
+  char* at(int64_t b, int64_t h, int64_t row) const { return data + b * batch + h * head + row * seq; }
 };
 
 constexpr int64_t kUnbounded = -1;  // of a window
 
+// What is absent is null. "Real" is the type that sums are kept in: double for double, else float.
 struct AttentionParams {
   View q, k, v, out;      // (batch, heads or kv_heads, seqlen, head_dim or head_dim_v)
-  View dout, dq, dk, dv;  // backward only
-  float* lse;             // (batch, heads, seqlen_q), contiguous: written by forward, read by backward
-  const float* dlse;      // like lse; null where nothing depends on lse
+  View dout, dq, dk, dv;  // backward only; dk and dv can be Reals where the heads of a group add up
+  View mask, bias;        // (batch, heads, seqlen_q, seqlen_k), a stride of 0 where the size is 1
+  View dbias;             // Reals, 0 at first; every head adds to it
+  void* lse;              // Reals: written by forward, read by backward
+  const void* dlse;       // like lse
+  void* delta;            // like lse: rowsum(dout out) - dlse, where someone needs it
+  int64_t lse_batch, lse_head;
+  const void* slopes;  // Reals: ALiBi of (batch, heads), slopes_batch apart
+  int64_t slopes_batch;
+  void* dslopes;      // Reals (batch, heads)
+  const void* sinks;  // Reals (heads,)
   int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
-  float scale;
+  double scale, softcap;              // softcap 0: none
   int64_t window_left, window_right;  // or kUnbounded
   // Per batch member, untrusted values. starts null: 0. ends null: seqlen_k. Both are kv_stride apart.
   const int64_t *starts, *ends;
@@ -29,4 +48,9 @@ struct AttentionParams {
   const int64_t* offsets;  // null: `offset` for all, or end - seqlen_q where there is none
   int64_t offset;
   bool has_offset;
+  // Packed sequences, whose rows all lie in member 0: where those of each member begin, batch + 1 untrusted values.
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;
+  const int64_t* dropout_seed;  // (seed, offset)
+  int64_t dropout_threshold;    // a random word below it drops the pair
+  double dropout_scale;         // of what is kept
 };

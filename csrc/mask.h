@@ -25,9 +25,23 @@ struct Interval {
   HOST_DEVICE Interval intersect(Interval other) const { return {larger(lo, other.lo), smaller(hi, other.hi)}; }
 };
 
+// Which rows of q and k belong to a batch member.
+struct Member {
+  int64_t batch, first_q, seqlen_q, first_k, seqlen_k;  // the first ones are not 0 in packed sequences alone
+};
+
+// cu_seqlens are untrusted: members are cut to the rows there are, and never negative.
+HOST_DEVICE inline Member member_of(const AttentionParams& p, int64_t batch) {
+  if (!p.cu_seqlens_q) return {batch, 0, p.seqlen_q, 0, p.seqlen_k};
+  const int64_t first_q = clamp(p.cu_seqlens_q[batch], 0, p.seqlen_q);
+  const int64_t first_k = clamp(p.cu_seqlens_k[batch], 0, p.seqlen_k);
+  return {batch, first_q, clamp(p.cu_seqlens_q[batch + 1], first_q, p.seqlen_q) - first_q, first_k,
+          clamp(p.cu_seqlens_k[batch + 1], first_k, p.seqlen_k) - first_k};
+}
+
 // What the rows of one batch member see.
 struct Visibility {
-  int64_t start, end, first, last;
+  int64_t start, end, first, last, offset;
 
   // Keys that at least one of the rows sees.
   HOST_DEVICE Interval keys_of_any(Interval rows) const {
@@ -49,12 +63,12 @@ struct Visibility {
 
 // The values are untrusted: lengths are cut to [0, seqlen_k], and far offsets and windows so that sums stay inside
 // int64.
-HOST_DEVICE inline Visibility visibility(const AttentionParams& p, int64_t batch) {
+HOST_DEVICE inline Visibility visibility(const AttentionParams& p, const Member& m) {
   constexpr int64_t kFar = int64_t{1} << 61;
-  const int64_t start = p.starts ? clamp(p.starts[batch * p.kv_stride], 0, p.seqlen_k) : 0;
-  const int64_t end = p.ends ? clamp(p.ends[batch * p.kv_stride], 0, p.seqlen_k) : p.seqlen_k;
-  const int64_t given = p.offsets ? p.offsets[batch] : p.has_offset ? p.offset : end - p.seqlen_q;
+  const int64_t start = p.starts ? clamp(p.starts[m.batch * p.kv_stride], 0, m.seqlen_k) : 0;
+  const int64_t end = p.ends ? clamp(p.ends[m.batch * p.kv_stride], 0, m.seqlen_k) : m.seqlen_k;
+  const int64_t given = p.offsets ? p.offsets[m.batch] : p.has_offset ? p.offset : end - m.seqlen_q;
   const int64_t offset = clamp(given, -kFar, kFar);
   return {start, end, p.window_left == kUnbounded ? -2 * kFar : offset - smaller(p.window_left, kFar),
-          p.window_right == kUnbounded ? 2 * kFar : offset + smaller(p.window_right, kFar)};
+          p.window_right == kUnbounded ? 2 * kFar : offset + smaller(p.window_right, kFar), offset};
 }

@@ -140,10 +140,11 @@ def test_e7_grouped_heads_are_repeated_heads(backend):
 
 @pytest.mark.parametrize("case", [CROSS, CAUSAL], ids=lambda case: case.name)
 def test_e8_queries_in_chunks(case, backend):
+    """In chunks of 11 all of them, the last too, are more than what a kernel for few queries would take."""
     inputs = case.make()
     whole, parts = forward(inputs, backend), []
-    for start in range(0, case.seqlen_q, 13):
-        rows = slice(start, start + 13)
+    for start in range(0, case.seqlen_q, 11):
+        rows = slice(start, start + 11)
         chunk = inputs.changed(q=inputs.q[:, :, rows], options={"offset": case.seqlen_k - case.seqlen_q + start})
         parts.append(forward(chunk, backend))
     joined = {name: torch.cat([part[name] for part in parts], dim=2) for name in whole}

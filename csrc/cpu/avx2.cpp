@@ -3,18 +3,18 @@
 
 #if defined(__x86_64__)
 #define ISA_AVX2
-#define ISA_TARGET __attribute__((target("avx2,fma")))
+#define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
 #if defined(__clang__)
 #pragma clang attribute push(ISA_TARGET, apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kAvx2Kernels{"avx2", forward, backward};
+const Kernels kAvx2Kernels{"avx2", {forward, backward}, &kAvx2Double, kLayerKernels};
 
 #if defined(__clang__)
 #pragma clang attribute pop

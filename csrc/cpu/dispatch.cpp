@@ -3,6 +3,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace {
@@ -12,6 +16,14 @@ struct Choice {
   bool runs;  // on this CPU
 };
 
+#if defined(__x86_64__)
+// Conversions of float16, CPUID 1, ECX bit 29: __builtin_cpu_supports of g++ before 11 does not know its name.
+bool supports_half() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 const Kernels& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -19,9 +31,11 @@ const Kernels& choose() {
   // Widest first.
   const Choice choices[] = {
 #if defined(__x86_64__)
+      {&kAvx512Bf16Kernels, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_half()},
 #endif
       {&kBaselineKernels, true},
   };

@@ -2,6 +2,7 @@
 // for AVX-512 could be the copy that the linker keeps for the whole process.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstddef>

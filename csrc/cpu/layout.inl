@@ -2,28 +2,29 @@
 
 // Rows that can be loaded in whole vectors.
 struct Rows {
-  const float* data;
+  const Real* data;
   int64_t row;
 };
 
 constexpr int64_t blocks_of(int64_t size, int64_t count) { return (count + size - 1) / size; }
+constexpr int64_t whole_vectors(int64_t count) { return blocks_of(kWidth, count) * kWidth; }
 
 // Fetches rows that are needed soon into the cache. A row past the end does no harm.
-INLINE void prefetch(const float* first, int64_t rows, int64_t row_stride, int64_t dims) {
-  constexpr int64_t kCacheLine = 16;  // floats
+INLINE void prefetch(const char* first, int64_t rows, int64_t row_stride, int64_t bytes) {
+  constexpr int64_t kCacheLine = 64;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < dims; d += kCacheLine) __builtin_prefetch(first + r * row_stride + d);
+    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(first + r * row_stride + at);
 }
 
-// to[d][lane] = scale * row(lane)[d], where row(lane) is null past the last query.
+// to[d][lane] = factor * row(lane)[d], where row(lane) is null past the last query.
 template <int N, class Row>
-INLINE void load_transposed(float* to, int64_t dims, int64_t stride, float scale, Row&& row) {
+INLINE void load_transposed(Real* to, int64_t dims, const View& x, Real factor, Row&& row) {
   for (int n = 0; n < N; ++n)
     for (int64_t d = 0; d < dims; d += kWidth) {
       Vec rows[kWidth];
       for (int i = 0; i < kWidth; ++i) {
-        const float* from = row(n * kWidth + i);
-        rows[i] = from ? load_some(from + d * stride, stride, dims - d) * scale : Vec{};
+        const char* from = row(n * kWidth + i);
+        rows[i] = from ? load_elements(x.element, from + d * x.dim, x.dim, dims - d) * factor : Vec{};
       }
       transpose(rows);
       for (int i = 0; i < kWidth && d + i < dims; ++i) store(to + (d + i) * N * kWidth + n * kWidth, rows[i]);
@@ -32,7 +33,7 @@ INLINE void load_transposed(float* to, int64_t dims, int64_t stride, float scale
 
 // row(lane)[d] = factor[lane] * from[d][lane]
 template <int N, class Row>
-INLINE void store_transposed(const float* from, int64_t dims, int64_t stride, const Vec (&factor)[N], Row&& row) {
+INLINE void store_transposed(const Real* from, int64_t dims, const View& x, const Vec (&factor)[N], Row&& row) {
   for (int n = 0; n < N; ++n)
     for (int64_t d = 0; d < dims; d += kWidth) {
       Vec rows[kWidth];
@@ -40,17 +41,37 @@ INLINE void store_transposed(const float* from, int64_t dims, int64_t stride, co
         rows[i] = d + i < dims ? load(from + (d + i) * N * kWidth + n * kWidth) * factor[n] : Vec{};
       transpose(rows);
       for (int i = 0; i < kWidth; ++i)
-        if (float* to = row(n * kWidth + i)) store_some(to + d * stride, stride, dims - d, rows[i]);
+        if (char* to = row(n * kWidth + i)) store_elements(x.element, to + d * x.dim, x.dim, dims - d, rows[i]);
     }
 }
 
+// to[r][d] = from[r][d] as Reals, each row in whole vectors.
+inline void copy_rows(Real* to, const View& x, const char* from, int64_t rows, int64_t dims) {
+  for (int64_t r = 0; r < rows; ++r, from += x.seq, to += whole_vectors(dims)) {
+    int64_t d = 0;
+#if !defined(REAL_IS_DOUBLE)
+    for (; is_dense_half(x.element, x.dim, dims - d); d += kWidth)
+      store(to + d, widen(x.element, read<HalfVec>(from + d * x.dim)));
+#endif
+    for (; d < dims; d += kWidth) store(to + d, load_elements(x.element, from + d * x.dim, x.dim, dims - d));
+  }
+}
+
+// Rows as Reals: where they are, or copied to `copy`.
+INLINE Broadcast real_rows(const View& x, const char* from, int64_t rows, int64_t dims, Real* copy) {
+  if (x.element == kReal)
+    return {reinterpret_cast<const Real*>(from), x.seq / int64_t(sizeof(Real)), x.dim / int64_t(sizeof(Real))};
+  copy_rows(copy, x, from, rows, dims);
+  return {copy, whole_vectors(dims), 1};
+}
+
 // Whether none of a matrix's elements is infinite or NaN.
-inline bool all_rows_finite(const float* data, int64_t rows, int64_t row_stride, int64_t dims, int64_t stride) {
+inline bool all_rows_finite(const View& x, const char* from, int64_t rows, int64_t dims) {
   Vec check{};
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r, from += x.seq)
     for (int64_t d = 0; d < dims; d += kWidth) {
-      const Vec x = load_some(data + r * row_stride + d * stride, stride, dims - d);
-      check += x - x;
+      const Vec row = load_elements(x.element, from + d * x.dim, x.dim, dims - d);
+      check += row - row;
     }
   return all_zero(check);
 }

@@ -7,7 +7,7 @@ struct LaneMask {
   // `query` counts from first_query, lane by lane.
   INLINE LaneMask(const Visibility& rows, int64_t first_query, const IntVec (&query)[N], int64_t first_key) {
     constexpr int64_t kBeyond = 1 << 24;  // past any tile, and far from the limits of int32
-    const auto relative = [&](int64_t key) { return int32_t(clamp(key - first_key, -kBeyond, kBeyond)); };
+    const auto relative = [&](int64_t key) { return Int(clamp(key - first_key, -kBeyond, kBeyond)); };
     const IntVec start = broadcast(relative(rows.start)), end = broadcast(relative(rows.end));
     const IntVec first = broadcast(relative(first_query + rows.first));
     const IntVec last = broadcast(relative(first_query + rows.last));
@@ -18,5 +18,5 @@ struct LaneMask {
     }
   }
 
-  INLINE IntVec sees(int32_t key, int n) const { return (lo[n] <= key) & (hi[n] > key); }
+  INLINE IntVec sees(Int key, int n) const { return (lo[n] <= key) & (hi[n] > key); }
 };

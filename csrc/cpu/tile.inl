@@ -24,9 +24,26 @@ INLINE void repeat(F&& f) {
 }
 #define EACH(i) [&](auto i) INLINE_LAMBDA
 
+// How two vectors multiply: element by element,
+struct Fma {
+  static INLINE Vec broadcast(const Real* from) { return broadcast_from(from); }
+  static INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fused(a, b, c); }
+};
+
+#if defined(ISA_BF16) && !defined(REAL_IS_DOUBLE)
+// or as pairs of bfloat16, which halves the steps. Such a pair takes the place of a float everywhere.
+struct PairDot {
+  static INLINE Vec broadcast(const float* from) {
+    typedef int32_t Pair __attribute__((aligned(2), may_alias));
+    return (Vec)_mm512_set1_epi32(*(const Pair*)from);
+  }
+  static INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
 // A matrix of any strides whose elements are broadcast.
 struct Broadcast {
-  const float* data;
+  const Real* data;
   int64_t row, step;
 
   INLINE Broadcast rows_from(int64_t m) const { return {data + m * row, row, step}; }
@@ -40,21 +57,22 @@ struct Tile {
     repeat<M>(EACH(m) { repeat<N>(EACH(n) { at[m][n] = Vec{}; }); });
   }
 
-  INLINE void multiply_add(Broadcast a, const float* b, int64_t b_row, int64_t steps) {
-    const float* from = a.data;
+  template <class Product = Fma>
+  INLINE void multiply_add(Broadcast a, const Real* b, int64_t b_row, int64_t steps) {
+    const Real* from = a.data;
     for (int64_t k = 0; k < steps; ++k, from += a.step, b += b_row) {
       Vec row[N];
       repeat<N>(EACH(n) { row[n] = load(b + n * kWidth); });
       repeat<M>(EACH(m) {
-        const Vec x = broadcast_from(from + m * a.row);
-        repeat<N>(EACH(n) { at[m][n] = fused(x, row[n], at[m][n]); });
+        const Vec x = Product::broadcast(from + m * a.row);
+        repeat<N>(EACH(n) { at[m][n] = Product::multiply_add(x, row[n], at[m][n]); });
       });
     }
   }
 
   // The same, except that lane i of vector n takes step k only where takes(k, n)[i].
   template <class F>
-  INLINE void multiply_add_where(Broadcast a, const float* b, int64_t b_row, int64_t steps, F&& takes) {
+  INLINE void multiply_add_where(Broadcast a, const Real* b, int64_t b_row, int64_t steps, F&& takes) {
     for (int64_t k = 0; k < steps; ++k)
       repeat<M>(EACH(m) {
         const Vec x = broadcast_from(a.data + m * a.row + k * a.step);

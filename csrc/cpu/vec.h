@@ -1,33 +1,54 @@
-// A vector of kWidth floats on the compiler's vector extensions; the only file that names instructions.
+// A vector of kWidth Reals on the compiler's vector extensions; with element.inl the only file that names instructions.
 //
-// The including file defines ISA_AVX512, ISA_AVX2 or ISA_BASELINE and ISA_TARGET, the function attribute that allows
-// its instructions. (Macros of our own: g++ up to 12 does not define __AVX512F__ after a target pragma.)
-#pragma once
+// The including file defines ISA_AVX512, ISA_AVX2 or ISA_BASELINE, ISA_TARGET, the function attribute that allows its
+// instructions, and Real, with REAL_IS_DOUBLE where that is double: it is included once for each type.
+// (Macros of our own: g++ up to 12 does not define __AVX512F__ after a target pragma.)
 
+#ifndef INLINE
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline)) ISA_TARGET
-
-#if defined(ISA_AVX512)
-constexpr int kWidth = 16;
-#elif defined(ISA_AVX2)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
+#define JOIN_NAMES(a, b) a##b
+#define JOIN(a, b) JOIN_NAMES(a, b)
 #endif
 
-typedef float Vec __attribute__((vector_size(kWidth * 4)));
-typedef float UnalignedVec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
-typedef uint32_t BitVec __attribute__((vector_size(kWidth * 4)));
+#undef SUFFIX
+#if defined(REAL_IS_DOUBLE)
+#define SUFFIX pd
+typedef int64_t Int;
+typedef uint64_t Bits;
+constexpr int kMantissaBits = 52, kExponentBias = 1023;
+constexpr Real kRounder = 0x1.8p52;  // added and taken away again, it rounds to a whole number
+#else
+#define SUFFIX ps
+typedef int32_t Int;
+typedef uint32_t Bits;
+constexpr int kMantissaBits = 23, kExponentBias = 127;
+constexpr Real kRounder = 0x1.8p23f;
+#endif
 
-INLINE Vec load(const float* from) { return (Vec) * (const UnalignedVec*)from; }
-INLINE void store(float* to, Vec x) { *(UnalignedVec*)to = x; }
-INLINE Vec broadcast(float x) { return Vec{} + x; }
-INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
-
-INLINE Vec broadcast_from(const float* from) {
 #if defined(ISA_AVX512)
-  return _mm512_set1_ps(*from);
+constexpr int kVectorBytes = 64;
+#elif defined(ISA_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kWidth = kVectorBytes / sizeof(Real);
+
+typedef Real Vec __attribute__((vector_size(kVectorBytes)));
+typedef Real UnalignedVec __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+typedef Int IntVec __attribute__((vector_size(kVectorBytes)));
+typedef Bits BitVec __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t WideVec __attribute__((vector_size(kVectorBytes)));
+
+INLINE Vec load(const Real* from) { return (Vec) * (const UnalignedVec*)from; }
+INLINE void store(Real* to, Vec x) { *(UnalignedVec*)to = x; }
+INLINE Vec broadcast(Real x) { return Vec{} + x; }
+INLINE IntVec broadcast(Int x) { return IntVec{} + x; }
+
+INLINE Vec broadcast_from(const Real* from) {
+#if defined(ISA_AVX512)
+  return JOIN(_mm512_set1_, SUFFIX)(*from);
 #else
   return Vec{} + *from;
 #endif
@@ -38,9 +59,11 @@ INLINE Vec broadcast_from(const float* from) {
 // says so.
 INLINE Vec fused(Vec a, Vec b, Vec c) {
 #if defined(ISA_AVX512)
-  return _mm512_fmadd_ps(a, b, c);
+  return JOIN(_mm512_fmadd_, SUFFIX)(a, b, c);
 #elif defined(ISA_AVX2)
-  return _mm256_fmadd_ps(a, b, c);
+  return JOIN(_mm256_fmadd_, SUFFIX)(a, b, c);
+#elif defined(__aarch64__) && defined(REAL_IS_DOUBLE)
+  return (Vec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #elif defined(__aarch64__)
   return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
@@ -51,40 +74,92 @@ INLINE Vec fused(Vec a, Vec b, Vec c) {
 // A NaN among the operands may be dropped or kept: whoever needs it kept sees it elsewhere.
 INLINE Vec larger(Vec a, Vec b) {
 #if defined(ISA_AVX512)
-  return _mm512_max_ps(a, b);
+  return JOIN(_mm512_max_, SUFFIX)(a, b);
 #elif defined(ISA_AVX2)
-  return _mm256_max_ps(a, b);
+  return JOIN(_mm256_max_, SUFFIX)(a, b);
 #elif defined(__SSE2__)
-  return _mm_max_ps(a, b);
+  return JOIN(_mm_max_, SUFFIX)(a, b);
 #else
   return a > b ? a : b;
 #endif
 }
 
-// 2^x = 2^n p(x - n) with n = round(x), and p minimax of degree 6 with p(0) = 1: within 0.7 units in the last place.
+// Products of the lower halves of 64-bit lanes.
+INLINE WideVec multiply_halves(WideVec a, uint32_t b) {
+#if defined(ISA_AVX512)
+  return (WideVec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(ISA_AVX2)
+  return (WideVec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+  return (WideVec)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xffffffffu) * b;
+#endif
+}
+
+#if defined(REAL_IS_DOUBLE)
+// 2^f - 1 = f p(f) for |f| <= 1/2: Taylor's series, whose next term is below 2^-57.
+constexpr Real kExp2Series[] = {
+    1.369148885390412e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.054911620801123e-9,  1.0178086009239699e-7,
+    1.3215486790144307e-6, 1.5252733804059838e-5,  1.5403530393381606e-4,  1.3333558146428441e-3, 9.618129107628477e-3,
+    5.550410866482158e-2,  2.402265069591007e-1,   6.931471805599453e-1};
+#else
+// The same, minimax of degree 6: 2^f is within 0.7 units in the last place.
+constexpr Real kExp2Series[] = {1.5353362e-4f, 1.3398874e-3f, 9.618437e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f};
+#endif
+
+INLINE Vec round_to_integer(Vec x) {
+#if defined(ISA_AVX512)
+  return JOIN(_mm512_roundscale_, SUFFIX)(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return x + kRounder - kRounder;
+#endif
+}
+
+INLINE Vec exp2_series(Vec f) {
+  Vec p = broadcast(kExp2Series[0]);
+#pragma GCC unroll 16
+  for (size_t i = 1; i < sizeof(kExp2Series) / sizeof(Real); ++i) p = fused(p, f, broadcast(kExp2Series[i]));
+  return p;
+}
+
+// p 2^n for a whole n in [-kExponentBias, kExponentBias]; with the first of them 0.
+INLINE Vec times_power_of_2(Vec p, Vec n) {
+#if defined(ISA_AVX512)
+  return JOIN(_mm512_scalef_, SUFFIX)(p, n);  // (NaN, -inf) is 0 by definition
+#else
+  return p * (Vec)(((BitVec)(n + kRounder) + Bits(kExponentBias)) << kMantissaBits);
+#endif
+}
+
+// 2^x = 2^n p(x - n) with n = round(x).
 // Exactly 0 for -inf and NaN for NaN: a hidden score has no weight at all, and a visible NaN is not lost.
 INLINE Vec exp2(Vec x) {
-#if defined(ISA_AVX512)
-  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const Vec floor = broadcast(-127.0f);
-  x = x < floor ? floor : x;          // a NaN stays
-  const Vec shifted = x + 0x1.8p23f;  // puts the rounded x into the lowest bits
-  const Vec n = shifted - 0x1.8p23f;
+#if !defined(ISA_AVX512)
+  const Vec floor = broadcast(Real(-kExponentBias));
+  x = x < floor ? floor : x;  // a NaN stays
 #endif
-  const Vec f = x - n;
-  Vec p = broadcast(1.5353362e-4f);
-  for (const float coefficient : {1.3398874e-3f, 9.618437e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1.0f})
-    p = fused(p, f, broadcast(coefficient));
-#if defined(ISA_AVX512)
-  return _mm512_scalef_ps(p, n);  // (NaN, -inf) is 0 by definition
-#else
-  return p * (Vec)(((BitVec)shifted + 127u) << 23);  // n = -127 makes the factor 0
-#endif
+  const Vec n = round_to_integer(x), f = x - n;
+  return times_power_of_2(fused(exp2_series(f), f, broadcast(Real(1))), n);
+}
+
+// tanh(x) = e / (e + 2), e = 2^y - 1 for y = 2 log2(e) x; small x keep their digits, for then n = 0 and e = f p(f).
+INLINE Vec tanh_of(Vec y) {
+  const Vec far = broadcast(Real(64));
+  y = y > far ? far : y;
+  y = y < -far ? -far : y;  // a NaN stays
+  const Vec n = round_to_integer(y), f = y - n, power = times_power_of_2(broadcast(Real(1)), n);
+  const Vec e = fused(exp2_series(f) * f, power, power - Real(1));
+  return e / (e + Real(2));
 }
 
 // Natural logarithm of x >= 1 to one unit in the last place (Cephes' logf); NaN for NaN.
 INLINE Vec log(Vec x) {
+#if defined(REAL_IS_DOUBLE)
+  Vec result;
+  for (int i = 0; i < kWidth; ++i) result[i] = ::log(x[i]);
+  return result;
+#else
   const BitVec bits = (BitVec)x - 0x3f3504f3u;  // sqrt(1/2): the mantissa becomes [sqrt(1/2), sqrt(2))
   const Vec e = __builtin_convertvector((IntVec)bits >> 23, Vec);
   const Vec f = (Vec)((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
@@ -96,10 +171,11 @@ INLINE Vec log(Vec x) {
   result = fused(e, broadcast(-2.12194440e-4f), result);
   result = fused(e, broadcast(0.693359375f), result);
   return x == x ? result : x;
+#endif
 }
 
-INLINE float sum(Vec x) {
-  float total = 0;
+INLINE Real sum(Vec x) {
+  Real total = 0;
   for (int half = kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   total += x[0];
@@ -108,21 +184,21 @@ INLINE float sum(Vec x) {
 
 INLINE bool all_zero(Vec x) {
   bool result = true;
-  for (int i = 0; i < kWidth; ++i) result &= x[i] == 0.0f;
+  for (int i = 0; i < kWidth; ++i) result &= x[i] == Real(0);
   return result;
 }
 
 // `count` elements `stride` apart, the other lanes 0.
-INLINE Vec load_some(const float* from, int64_t stride, int64_t count) {
+INLINE Vec load_some(const Real* from, int64_t stride, int64_t count) {
   if (stride == 1 && count >= kWidth) return load(from);
-  alignas(64) float lanes[kWidth] = {};
+  alignas(64) Real lanes[kWidth] = {};
   for (int i = 0; i < kWidth && i < count; ++i) lanes[i] = from[i * stride];
   return load(lanes);
 }
 
-INLINE void store_some(float* to, int64_t stride, int64_t count, Vec x) {
+INLINE void store_some(Real* to, int64_t stride, int64_t count, Vec x) {
   if (stride == 1 && count >= kWidth) return store(to, x);
-  alignas(64) float lanes[kWidth];
+  alignas(64) Real lanes[kWidth];
   store(lanes, x);
   for (int i = 0; i < kWidth && i < count; ++i) to[i * stride] = lanes[i];
 }

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs: float32, forward and backward, on the vectors of whatever instruction set the machine has.
+"""The C++ kernels for CPUs: every type and option, forward and backward, on the vectors of whatever instruction set the machine has.
 
 The compiled module takes addresses and strides, so that it needs no torch to build, and copies no tensor.
 """
@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import functools
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .cpu_arguments import Arguments, pairs_view, view
 from .problem import AttentionOutput, Gradients, Problem, empty_output
 
 # A forked child inherits OpenMP's pool without its threads, and would wait for them for ever.
 _PROCESS = os.getpid()
-_FAR = 2**61  # windows and offsets beyond it can be cut to it; int64 holds it
-_UNBOUNDED = -1
-
-View = tuple[int, ...]  # address and strides
-NOTHING: View = (0, 0, 0, 0, 0)
+VECTOR = 16  # float32 numbers in the widest one
 
 
 class CpuBackend:
@@ -31,50 +29,87 @@ class CpuBackend:
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":
             return f"q is on {problem.device}, and the cpu backend computes on CPU tensors"
-        if problem.dtype is not torch.float32:
-            return f"q is {problem.dtype}, and the cpu backend computes torch.float32 only"
-        if problem.packed:
-            return "cu_seqlens_q is given, and the cpu backend does not take packed sequences"
-        absent = {
-            "mask": problem.mask,
-            "bias": problem.bias,
-            "alibi_slopes": problem.alibi_slopes,
-            "softcap": problem.softcap,
-            "sinks": problem.sinks,
-            "dropout_p": problem.dropout_p or None,
-        }
-        given = next((name for name, value in absent.items() if value is not None), None)
-        return f"{given} is given, and the cpu backend has no kernel for it" if given else None
+        return None
 
     def slower(self, problem: Problem) -> str | None:
-        if problem.seqlen_q * problem.group == 1 and not problem.hides and not problem.gradients:
-            return "a single query fills one lane of a vector, and PyTorch's own kernel is faster there"
+        ragged = problem.head_dim % VECTOR or problem.head_dim_v % VECTOR
+        single = problem.seqlen_q * problem.group == 1 and not problem.hides and not problem.gradients
+        if single and ragged and problem.dtype is torch.float32:
+            return f"a single query with rows of no whole vectors of {VECTOR} fills one lane, and PyTorch's own kernel is faster there"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
-        from . import _cpu
-
-        out = empty_output(q, problem.head_dim_v)
-        lse = q.new_empty(q.shape[:3])
-        visible, _keep = _visible(problem)
-        _cpu.forward(_view(q), _view(k), _view(v), _view(out), lse.data_ptr(), _sizes(problem), visible, problem.scale, _threads())
+        out, lse = _empty(q, problem)
+        call = Arguments(q, k, v, out, lse, problem)
+        _module().forward(call.tensors, call.sizes, call.visible, call.options, threads())
         return AttentionOutput(out, lse)
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
     ) -> Gradients:
-        from . import _cpu
-
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        # The gradient of a key that no head reads is 0, and nobody would write it.
-        new = torch.empty_like if problem.heads else torch.zeros_like
-        dq, dk, dv = (new(x) if name in problem.gradients else None for name, x in (("q", q), ("k", k), ("v", v)))
-        visible, _keep = _visible(problem)
-        _cpu.backward(
-            *(_view(q), _view(k), _view(v), _view(out), lse.data_ptr(), _sizes(problem), visible, problem.scale, _threads()),
-            *(_view(dout), 0 if dlse is None else dlse.data_ptr(), _view(dq), _view(dk), _view(dv)),
+        wanted = problem.gradients
+        # Rows of no member and keys that no head reads have a gradient of 0, and nobody would write it.
+        new = torch.empty_like if problem.heads and not problem.packed else torch.zeros_like
+        shared = problem.accumulate_dtype if problem.group > 1 else problem.dtype  # the heads of a group add up
+        dq = new(q) if "q" in wanted else None
+        dk, dv = (new(x, dtype=shared) if name in wanted else None for name, x in (("k", k), ("v", v)))
+        dbias = _zeros(problem.bias, problem) if "bias" in wanted else None
+        dslopes = q.new_zeros((problem.batch, problem.heads), dtype=lse.dtype) if "alibi_slopes" in wanted else None
+        delta = (torch.zeros_like(lse) if dlse is None else -dlse) if "sinks" in wanted else None
+        call = Arguments(q, k, v, out, lse, problem)
+        gradients = (
+            *(view(dout), _address(dlse), view(dq), view(dk), view(dv)),
+            *(pairs_view(dbias), _address(dslopes), _address(delta)),
         )
-        return Gradients(dq, dk, dv)
+        _module().backward(call.tensors, call.sizes, call.visible, call.options, threads(), gradients)
+        return Gradients(
+            dq,
+            None if dk is None else dk.to(k.dtype),
+            None if dv is None else dv.to(v.dtype),
+            bias=None if dbias is None or problem.bias is None else dbias.to(problem.bias.dtype),
+            alibi_slopes=_slope_gradient(dslopes, problem.alibi_slopes),
+            sinks=_sink_gradient(problem.sinks, lse, delta),
+        )
+
+
+def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """out and lse for the kernels to write; packed rows of no member, which none visits, hold what they have to."""
+    out = empty_output(q, problem.head_dim_v)
+    if not problem.packed:
+        return out, q.new_empty(q.shape[:3], dtype=problem.accumulate_dtype)
+    lse = q.new_full((problem.heads, problem.seqlen_q), -torch.inf, dtype=problem.accumulate_dtype)
+    return out.zero_(), lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])
+
+
+def _zeros(bias: Tensor | None, problem: Problem) -> Tensor | None:
+    """Where the heads add up the gradient of a bias: dense, and as precise as they are."""
+    return None if bias is None else torch.zeros(bias.shape, dtype=problem.accumulate_dtype)
+
+
+def _slope_gradient(by_member: Tensor | None, slopes: Tensor | None) -> Tensor | None:
+    if by_member is None or slopes is None:
+        return None
+    return (by_member if slopes.dim() == 2 else by_member.sum(0)).to(slopes.dtype)
+
+
+def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor | None) -> Tensor | None:
+    """The sink's probability times (0 - delta), summed over its head: it has no value row."""
+    if sinks is None or delta is None:
+        return None
+    weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.to(lse.dtype)[:, None] - lse))
+    return -(weights * delta).transpose(-2, -1).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _module() -> ModuleType:
+    from . import _cpu
+
+    return _cpu
 
 
 @functools.cache
@@ -103,31 +138,6 @@ def _build_reason() -> str | None:
     return reason
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many a kernel may use."""
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
-
-
-def _view(tensor: Tensor | None) -> View:
-    return NOTHING if tensor is None else (tensor.data_ptr(), *tensor.stride())
-
-
-def _sizes(problem: Problem) -> tuple[int, ...]:
-    (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = problem.q.shape, problem.v.shape
-    return batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
-
-
-def _visible(problem: Problem) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
-    """What the kernels take for window, kv_lengths and offset, and the tensors that must outlive the call."""
-    left, right = (_UNBOUNDED if x is None else min(x, _FAR) for x in (problem.window_left, problem.window_right))
-    lengths = None if problem.kv_lengths is None else problem.kv_lengths.to(torch.int64).contiguous()
-    starts, ends, stride = 0, 0, 0
-    if lengths is not None:
-        stride = lengths.dim()
-        ends = lengths.data_ptr()
-        if stride == 2:
-            starts, ends = ends, ends + lengths.element_size()
-    if isinstance(problem.offset, Tensor):
-        offsets = problem.offset.to(torch.int64).contiguous()
-        return (left, right, starts, ends, stride, offsets.data_ptr(), 0, 0), (lengths, offsets)
-    offset = max(-_FAR, min(problem.offset or 0, _FAR))
-    return (left, right, starts, ends, stride, 0, offset, int(problem.offset is not None)), (lengths,)

@@ -123,6 +123,8 @@ def check_calls_near_torchs_own_kernel() -> None:
 CPU_CASES = (
     "long", "long-causal", "long-window", "base", "causal+gqa", "window-both", "kv-range-window", "kv-untrusted", "first-rows-empty",
     "far-offset", "offset-members", "head-dim-65", "head_dim_v", "no-visible-keys", "scale-zero", "scale", "many-heads", "layout-strided",
+    "everything", "packed-everything", "packed-cross", "mask-bh1k", "mask-b1q1", "bias-1hqk", "bias-1hq1", "bias-cap-dropout",
+    "alibi-offset", "alibi-batch", "sinks", "softcap", "dropout-gqa-causal", "self-bfloat16", "everything-float16",
 )  # fmt: skip
 
 
@@ -135,6 +137,10 @@ def check_cpu_kernels() -> None:
         check(inputs.run("cpu"), inputs.truth())
         alone = inputs.changed(dlse=None)
         check(alone.run("cpu"), alone.truth())
+    decoding = Case("decoding", heads=4, kv_heads=2, seqlen_q=1, seqlen_k=2071, head_dim=16, magnitude=4.0).make()
+    check(decoding.run("cpu", backward=False), decoding.truth(backward=False))
+    two_blocks = Case("two-blocks", heads=2, seqlen_k=257, bias="1hq1").make()
+    check(two_blocks.run("cpu"), two_blocks.truth())
     hidden = Case("hidden", kv_lengths=(9, 12)).make()
     k, v = hidden.k.clone(), hidden.v.clone()
     k[:, :, 14:], v[:, :, 14:] = torch.nan, torch.inf

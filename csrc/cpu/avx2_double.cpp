@@ -1,0 +1,23 @@
+// Attention in double, for the table for AVX2 with FMA.
+#include "cpu/headers.h"
+
+#if defined(__x86_64__)
+#define ISA_AVX2
+#define REAL_IS_DOUBLE
+#define ISA_TARGET __attribute__((target("avx2,fma,f16c")))
+#if defined(__clang__)
+#pragma clang attribute push(ISA_TARGET, apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace {
+#include "cpu/kernels.inl"
+}  // namespace
+
+const AttentionKernels kAvx2Double{forward, backward};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

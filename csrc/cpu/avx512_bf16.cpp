@@ -1,0 +1,23 @@
+// The table for AVX-512 with dot products of bfloat16.
+#include "cpu/headers.h"
+
+#if defined(__x86_64__)
+#define ISA_AVX512
+#define ISA_BF16
+#define ISA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#if defined(__clang__)
+#pragma clang attribute push(ISA_TARGET, apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#endif
+
+namespace {
+#include "cpu/kernels.inl"
+}  // namespace
+
+const Kernels kAvx512Bf16Kernels{"avx512_bf16", {forward, backward}, &kAvx512Double, kLayerKernels};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
