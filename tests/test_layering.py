@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"problem", "scores"},
     "blockwise": {"problem", "scores"},
     "torch_backend": {"autocast", "blockwise", "problem", "scores"},
-    "cpu_backend": {"problem"},
+    "cpu_arguments": {"problem"},
+    "cpu_backend": {"cpu_arguments", "problem"},
     "triton_kernels": set(),
     "triton_backend": {"problem"},
     "backend": {"cpu_backend", "problem", "torch_backend", "triton_backend"},
@@ -38,18 +39,26 @@ ALLOWED: dict[str, set[str]] = {
     "second_derivative": {"blockwise", "problem", "scores"},
     "ops": {"backend", "batching", "blockwise", "problem", "second_derivative"},
     "merge": {"problem"},
-    "functional": {"autocast", "backend", "dropout", "ops", "problem", "reference", "validation"},
+    "jagged": set(),
+    "plans": {"backend", "problem", "validation"},
+    "functional": {"autocast", "backend", "dropout", "jagged", "ops", "plans", "problem", "reference", "validation"},
     "sdpa": {"functional"},
-    "layers": {"dropout", "functional"},
-    "fused_attention": {"backend", "functional", "layers", "merge", "problem", "sdpa"},
+    "rotary": {"layer_ops"},
+    "positional": set(),
+    "layer_ops": {"cpu_backend", "triton_backend"},
+    "layers": {"dropout", "functional", "layer_ops", "positional", "rotary"},
+    "explanation": {"backend", "functional", "ops", "problem"},
+    "fused_attention": {"backend", "explanation", "functional", "layers", "merge", "problem", "rotary", "sdpa"},
     "__main__": set(),
     "testing": {"fused_attention", "backend", "problem", "validation"},
-    "benchmarks": {"fused_attention", "testing"},
+    "benchmarks": {"fused_attention", "testing", "layer_ops", "backend", "ops", "plans", "triton_backend"},  # four for host_path
 }
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {
     "cpu_backend": {"_cpu", "_build_info"},
     "triton_backend": {"triton_kernels"},
+    "benchmarks": {"triton_kernels"},
+    "layer_ops": {"_cpu", "triton_kernels"},
     "__main__": {"fused_attention", "testing", "benchmarks", "_cpu", "_build_info"},
 }
 GENERATED = {"_cpu", "_build_info"}  # modules that a build makes: no source here has their names

@@ -7,10 +7,22 @@ out = attention(q, k, v, causal=True)        # (batch, heads, seqlen, head_dim)
 from importlib.metadata import PackageNotFoundError, version
 
 from .backend import Explanation, backends
-from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_weights, attention_with_lse, explain, warmup
-from .layers import MultiHeadAttention, TransformerLayer
+from .explanation import explain
+from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_weights, attention_with_lse, warmup
+from .layers import (
+    MultiHeadAttention,
+    Report,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerLayer,
+    replace_modules,
+    restore_modules,
+)
 from .merge import merge_attention
 from .problem import AttentionOutput
+from .rotary import Rotary, apply_rotary
 from .sdpa import scaled_dot_product_attention
 
 try:
@@ -22,7 +34,14 @@ __all__ = [
     "AttentionOutput",
     "Explanation",
     "MultiHeadAttention",
+    "Report",
+    "Rotary",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
     "TransformerLayer",
+    "apply_rotary",
     "attention",
     "attention_varlen",
     "attention_varlen_with_lse",
@@ -31,6 +50,8 @@ __all__ = [
     "backends",
     "explain",
     "merge_attention",
+    "replace_modules",
+    "restore_modules",
     "scaled_dot_product_attention",
     "warmup",
 ]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_attention.layers import MultiHeadAttention, TransformerLayer
+from fused_attention import MultiHeadAttention, Transformer, TransformerDecoderLayer, TransformerEncoder, TransformerLayer, replace_modules
 
 
 def read_database():
@@ -34,19 +34,36 @@ def read_database():
     return module_db
 
 
-OURS = {nn.MultiheadAttention: MultiHeadAttention, nn.TransformerEncoderLayer: TransformerLayer}
+OURS = {
+    nn.MultiheadAttention: MultiHeadAttention,
+    nn.TransformerEncoderLayer: TransformerLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.Transformer: Transformer,
+}
 ENTRIES = {info.name: info for info in read_database() if info.module_cls in OURS}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
+]
 
 
 def samples(info, training, dtype=torch.float64):
     return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
 
 
-def build(cls, sample, dtype=torch.float64):
+def build(cls, sample, dtype=torch.float64, device="cpu"):
+    """A module of one seed's weights; torch's samples of an encoder bring the layer that it copies."""
     torch.manual_seed(0)
-    return cls(*sample.constructor_input.args, **{**sample.constructor_input.kwargs, "dtype": dtype, "device": "cpu"})
+    args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
+    if not issubclass(cls, nn.TransformerEncoder):
+        return cls(*args, **{**kwargs, "dtype": dtype, "device": device})
+    encoder = cls(*args, **kwargs).to(dtype=dtype, device=device)
+    if cls is TransformerEncoder:
+        replace_modules(encoder)
+    return encoder
 
 
 def run(module, sample):
@@ -107,7 +124,7 @@ def test_factory_arguments_pickle_and_repr(name):
         assert all(parameter.dtype is torch.float32 for parameter in ours.parameters())
         twin = pickle.loads(pickle.dumps(ours))
         assert repr(twin) == repr(ours)
-        on_meta = OURS[info.module_cls](*sample.constructor_input.args, **{**sample.constructor_input.kwargs, "device": "meta"})
+        on_meta = build(OURS[info.module_cls], sample, device="meta")
         assert all(parameter.is_meta for parameter in on_meta.parameters())
 
 

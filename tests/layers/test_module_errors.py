@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from fused_attention.layers import MultiHeadAttention, TransformerLayer
+from fused_attention import (
+    MultiHeadAttention,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerLayer,
+)
 
 EMBED_DIM, HEADS, BATCH, SEQLEN = 8, 2, 3, 4
 BOOL = torch.bool
@@ -92,6 +99,36 @@ LAYER_ERRORS = {
     "nested with a mask": lambda: (nested(), {"src_key_padding_mask": zeros(2, 4, dtype=BOOL)}),
     "float64 src": lambda: (zeros(*X, dtype=torch.float64), {}),
 }
+DECODER_ERRORS = {
+    "1-D tgt": lambda: ((zeros(8), zeros(*X)), {}),
+    "4-D tgt": lambda: ((zeros(1, *X), zeros(*X)), {}),
+    "2-D memory": lambda: ((zeros(*X), zeros(*U)), {}),
+    "tgt features": lambda: ((zeros(3, 4, 9), zeros(*X)), {}),
+    "memory features": lambda: ((zeros(*X), zeros(3, 4, 9)), {}),
+    "memory batch": lambda: ((zeros(*X), zeros(2, 4, 8)), {}),
+    "tgt_mask size": lambda: ((zeros(*X), zeros(*X)), {"tgt_mask": zeros(5, 4, dtype=BOOL)}),
+    "memory_mask size": lambda: ((zeros(*X), zeros(3, 6, 8)), {"memory_mask": zeros(4, 4, dtype=BOOL)}),
+    "3-D memory_mask size": lambda: ((zeros(*X), zeros(3, 6, 8)), {"memory_mask": zeros(3, 4, 6)}),
+    "int tgt_mask": lambda: ((zeros(*X), zeros(*X)), {"tgt_mask": zeros(4, 4, dtype=torch.int64)}),
+    "uint8 memory_key_padding_mask": lambda: ((zeros(*X), zeros(*X)), {"memory_key_padding_mask": zeros(3, 4, dtype=torch.uint8)}),
+    "tgt_key_padding_mask size": lambda: ((zeros(*X), zeros(*X)), {"tgt_key_padding_mask": zeros(3, 5, dtype=BOOL)}),
+    "memory_key_padding_mask of tgt": lambda: ((zeros(*X), zeros(3, 6, 8)), {"memory_key_padding_mask": zeros(3, 4, dtype=BOOL)}),
+    "float64 memory": lambda: ((zeros(*X), zeros(*X, dtype=torch.float64)), {}),
+    "nested tgt": lambda: ((nested(), zeros(2, 4, 8)), {}),
+    "nested memory": lambda: ((zeros(2, 4, 8), nested()), {}),
+}
+MODEL_ERRORS = {
+    "batches": lambda: ((zeros(*X), zeros(2, 4, 8)), {}),
+    "features of src": lambda: ((zeros(3, 4, 9), zeros(*X)), {}),
+    "features of tgt": lambda: ((zeros(*X), zeros(3, 4, 7)), {}),
+    "int src_mask": lambda: ((zeros(*X), zeros(*X)), {"src_mask": zeros(4, 4, dtype=torch.int64)}),
+    "uint8 src_key_padding_mask": lambda: ((zeros(*X), zeros(*X)), {"src_key_padding_mask": zeros(3, 4, dtype=torch.uint8)}),
+    "src_mask size": lambda: ((zeros(*X), zeros(*X)), {"src_mask": zeros(5, 4, dtype=BOOL)}),
+    "tgt_mask size": lambda: ((zeros(*X), zeros(*X)), {"tgt_mask": zeros(5, 5, dtype=BOOL)}),
+    "tgt_key_padding_mask size": lambda: ((zeros(*X), zeros(*X)), {"tgt_key_padding_mask": zeros(3, 5)}),
+}
+PLAIN_LAYER, PLAIN_DECODER_LAYER = nn.TransformerEncoderLayer(EMBED_DIM, HEADS), nn.TransformerDecoderLayer(EMBED_DIM, HEADS)
+OUR_LAYER = TransformerLayer(EMBED_DIM, HEADS, batch_first=True)
 
 
 def calls():
@@ -178,6 +215,66 @@ def test_layer_refuses_what_torch_refuses(arguments, training):
     expected = outcome(call, nn.TransformerEncoderLayer)
     assert expected is not None
     assert outcome(call, TransformerLayer) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("arguments", DECODER_ERRORS.values(), ids=DECODER_ERRORS)
+def test_decoder_layer_refuses_what_torch_refuses(arguments, training):
+    def call(cls):
+        tensors, masks = arguments()
+        with torch.set_grad_enabled(training):
+            cls(EMBED_DIM, HEADS, 16, batch_first=True).train(training)(*tensors, **masks)
+
+    expected = outcome(call, nn.TransformerDecoderLayer)
+    assert expected is not None
+    assert outcome(call, TransformerDecoderLayer) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("arguments", MODEL_ERRORS.values(), ids=MODEL_ERRORS)
+def test_transformer_refuses_what_torch_refuses(arguments, training):
+    def call(cls):
+        tensors, masks = arguments()
+        with torch.set_grad_enabled(training):
+            cls(EMBED_DIM, HEADS, 1, 1, 16, batch_first=True).train(training)(*tensors, **masks)
+
+    expected = outcome(call, nn.Transformer)
+    assert expected is not None
+    assert outcome(call, Transformer) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_deviation_an_evaluated_encoder_refuses_padding_as_in_training(training):
+    """torch's, which makes a nested tensor of the batch, then complains of a mask that does not match input sizes."""
+
+    def call(cls, training):
+        with torch.set_grad_enabled(training):
+            cls(OUR_LAYER, 1).train(training)(zeros(*X), src_key_padding_mask=zeros(3, 5))
+
+    expected = outcome(lambda cls: call(cls, True), nn.TransformerEncoder)
+    assert expected[0] == "AssertionError"
+    assert outcome(lambda cls: call(cls, training), TransformerEncoder) == expected
+    if not training:
+        assert outcome(lambda cls: call(cls, training), nn.TransformerEncoder) != expected
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock", "call"),
+    [
+        (TransformerDecoderLayer, nn.TransformerDecoderLayer, lambda cls: cls(EMBED_DIM, HEADS, activation="silu")),
+        (TransformerDecoderLayer, nn.TransformerDecoderLayer, lambda cls: cls(9, HEADS)),
+        (Transformer, nn.Transformer, lambda cls: cls(EMBED_DIM, HEADS, activation="silu")),
+        (Transformer, nn.Transformer, lambda cls: cls(EMBED_DIM, 0)),
+        (TransformerEncoder, nn.TransformerEncoder, lambda cls: cls(PLAIN_LAYER, 0)(zeros(*X))),
+        (TransformerEncoder, nn.TransformerEncoder, lambda cls: cls(PLAIN_LAYER, "2")),
+        (TransformerDecoder, nn.TransformerDecoder, lambda cls: cls(PLAIN_DECODER_LAYER, 0)(zeros(*X), zeros(*X))),
+        (TransformerDecoder, nn.TransformerDecoder, lambda cls: cls(PLAIN_DECODER_LAYER, 1)(zeros(*X))),
+    ],
+)
+def test_constructors_and_empty_stacks_refuse_what_torchs_refuse(ours, stock, call):
+    expected = outcome(call, stock)
+    assert expected is not None
+    assert outcome(call, ours) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fused_attention.layers import MultiHeadAttention, TransformerLayer
+from fused_attention import (
+    MultiHeadAttention,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerLayer,
+    replace_modules,
+)
 
 EMBED_DIM, HEADS, BATCH, SEQLEN = 12, 3, 2, 5
 
@@ -12,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:'norm' was found in ScriptModule constants:UserWarning"),  # of torch's stacks too
 ]
 
 CONSTRUCTIONS = {
@@ -24,6 +33,10 @@ CONSTRUCTIONS = {
 
 
 class Subclass(TransformerLayer):
+    pass
+
+
+class DecoderSubclass(TransformerDecoderLayer):
     pass
 
 
@@ -109,6 +122,61 @@ def test_scripting_a_stack_leaves_the_live_model_alone():
             torch.testing.assert_close(scripted(x, src_key_padding_mask=padding()), encoder(x, src_key_padding_mask=padding()))
 
 
+@pytest.mark.parametrize("cls", [TransformerDecoderLayer, DecoderSubclass])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_scripted_decoder_layer_equals_eager(cls, norm_first):
+    torch.manual_seed(0)
+    layer = cls(EMBED_DIM, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    scripted = torch.jit.script(layer)
+    tgt, memory = torch.randn(BATCH, SEQLEN, EMBED_DIM), torch.randn(BATCH, SEQLEN, EMBED_DIM)
+    for training in (True, False):
+        layer.train(training)
+        scripted.train(training)
+        for call in (
+            {},
+            {"tgt_mask": later(), "memory_key_padding_mask": padding()},
+            {"tgt_is_causal": True, "tgt_key_padding_mask": padding()},
+        ):
+            torch.testing.assert_close(scripted(tgt, memory, **call), layer(tgt, memory, **call))
+
+
+@pytest.mark.parametrize("kind", ["ours", "swapped", "foreign layers"])
+def test_scripted_stacks_equal_eager_and_leave_the_live_model_alone(kind):
+    torch.manual_seed(0)
+    if kind == "foreign layers":
+        stock = nn.Transformer(EMBED_DIM, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+        replace_modules(stock, filter_fn=lambda module, name: "layers" not in name)
+        model = stock
+    else:
+        model = (Transformer if kind == "ours" else nn.Transformer)(EMBED_DIM, 2, 2, 2, 16, dropout=0.0, batch_first=True)
+        replace_modules(model)
+    before = [type(module) for module in model.modules()]
+    assert type(model.encoder) is TransformerEncoder
+    assert type(model.decoder) is TransformerDecoder
+    scripted = torch.jit.script(model)
+    assert [type(module) for module in model.modules()] == before
+    src, tgt = torch.randn(BATCH, SEQLEN, EMBED_DIM), torch.randn(BATCH, SEQLEN, EMBED_DIM)
+    for training in (True, False):
+        model.train(training)
+        scripted.train(training)
+        with torch.set_grad_enabled(training):
+            for call in (
+                {},
+                {"tgt_mask": later()},
+                {"src_mask": later(), "tgt_mask": later(), "memory_mask": later()},
+                {"src_key_padding_mask": padding(), "memory_key_padding_mask": padding()},
+            ):
+                torch.testing.assert_close(scripted(src, tgt, **call), model(src, tgt, **call))
+
+
+def test_a_scripted_transformer_obeys_the_causal_hints():
+    torch.manual_seed(0)
+    model = Transformer(EMBED_DIM, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+    src, tgt = torch.randn(BATCH, SEQLEN, EMBED_DIM), torch.randn(BATCH, SEQLEN, EMBED_DIM)
+    call = {"src_is_causal": True, "tgt_is_causal": True}
+    torch.testing.assert_close(torch.jit.script(model)(src, tgt, **call), model(src, tgt, src_mask=later(), tgt_mask=later()))
+
+
 def test_scripted_module_can_be_saved(tmp_path):
     module = attention({"batch_first": True})
     torch.jit.script(module).save(tmp_path / "attention.pt")
@@ -129,6 +197,54 @@ def test_an_evaluated_encoder_compiles_without_a_graph_break(call):
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, **given), encoder(x, **given))
+
+
+@pytest.mark.parametrize("mode", ["train", "no_grad"])
+@pytest.mark.parametrize("call", [{"tgt_mask": True, "src_key_padding_mask": True}, {"tgt_is_causal": True}])
+def test_a_whole_transformer_compiles_without_a_graph_break(mode, call):
+    torch.manual_seed(0)
+    model = Transformer(EMBED_DIM, 2, 2, 1, 16, dropout=0.0, batch_first=True).train(mode == "train")
+    src, tgt = torch.randn(BATCH, SEQLEN, EMBED_DIM), torch.randn(BATCH, SEQLEN, EMBED_DIM)
+    values = {"tgt_mask": later(), "src_key_padding_mask": padding(), "tgt_is_causal": True}
+    given = {name: values[name] for name in call}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    with torch.set_grad_enabled(mode == "train"):
+        for run in (model, compiled):
+            out = run(src, tgt, **given)
+            gradients = torch.autograd.grad(out.square().sum(), model.parameters()) if mode == "train" else ()
+            results.append((out, *gradients))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_compiled_stacks_carry_bool_masks_as_they_are():
+    """A byte an element: torch's form of them, which an overridden block still gets, would be floats filled with -inf."""
+
+    class Overriding(TransformerLayer):
+        def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+            return super()._sa_block(x, attn_mask, key_padding_mask, is_causal)
+
+    called = []
+
+    def backend(graph, _):
+        called.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    x = torch.randn(BATCH, SEQLEN, EMBED_DIM)
+    for cls in (TransformerLayer, Overriding):
+        encoder = TransformerEncoder(cls(EMBED_DIM, 2, 16, dropout=0.0, batch_first=True), 1).eval()
+        torch.compile(encoder, fullgraph=True, backend=backend)(x, mask=later(), src_key_padding_mask=padding())
+    assert ["masked_fill_" in targets for targets in called] == [False, True]
+
+
+def test_a_transformer_exports_with_a_causal_mask():
+    """torch's own stacks read the mask's values there, which a trace cannot."""
+    torch.manual_seed(0)
+    model = Transformer(EMBED_DIM, 2, 1, 1, 16, batch_first=True).eval()
+    tensors = torch.randn(BATCH, SEQLEN, EMBED_DIM), torch.randn(BATCH, SEQLEN, EMBED_DIM)
+    call = {"tgt_mask": later(), "src_key_padding_mask": padding()}
+    exported = torch.export.export(model, tensors, call).module()
+    torch.testing.assert_close(exported(*tensors, **call), model(*tensors, **call))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fused_attention.layers import MultiHeadAttention
@@ -43,6 +44,43 @@ def test_parameters_and_options_are_read_at_every_call():
         module.out_proj.weight.data = module.out_proj.weight.data.flip(0)
         module.in_proj_bias.data.add_(0.5)
     torch.testing.assert_close(ours(*tensors), stock(*tensors))
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 7}, {"add_bias_kv": True, "add_zero_attn": True}, {"bias": False}])
+def test_torchs_function_takes_the_modules_attributes(options):
+    """As other libraries call it, with every attribute of a module."""
+    ours = build(options)
+    query, key, value = inputs(ours)
+    key, value = key[..., : ours.kdim], value[..., : ours.vdim]
+    separate = not ours._qkv_same_embed_dim
+    expected = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        ours.embed_dim,
+        ours.num_heads,
+        ours.in_proj_weight,
+        ours.in_proj_bias,
+        ours.bias_k,
+        ours.bias_v,
+        ours.add_zero_attn,
+        ours.dropout,
+        ours.out_proj.weight,
+        ours.out_proj.bias,
+        training=ours.training,
+        use_separate_proj_weight=separate,
+        **({name: getattr(ours, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")} if separate else {}),
+    )
+    torch.testing.assert_close(ours(query, key, value), expected)
+
+
+def test_merged_masks_are_torchs():
+    stock, ours = build_pair({"batch_first": True})
+    query = inputs(ours)[0]
+    later = torch.ones(SEQLEN_Q, SEQLEN_Q, dtype=torch.bool).triu(1)
+    padding = torch.zeros(BATCH, SEQLEN_Q, dtype=torch.bool)
+    for masks in ((None, None), (later, None), (None, padding), (later, padding)):
+        torch.testing.assert_close(ours.merge_masks(*masks, query), stock.merge_masks(*masks, query))
 
 
 def test_old_checkpoints_without_the_shared_dimension_flag_load():

@@ -90,7 +90,8 @@ def test_constructor_and_forward_take_torchs_arguments():
     stock = nn.TransformerEncoderLayer
     for name in ("__init__", "forward", "_sa_block", "_ff_block"):
         mine, theirs = (inspect.signature(getattr(cls, name)).parameters.values() for cls in (TransformerLayer, stock))
-        assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs]
+        positional = [p for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]  # the extras are keyword-only
+        assert [(p.name, p.kind, p.default) for p in positional] == [(p.name, p.kind, p.default) for p in theirs]
     layer = build(TransformerLayer, {})
     assert isinstance(layer, stock)
     assert type(layer.self_attn) is MultiHeadAttention
@@ -185,8 +186,16 @@ def test_hooks_on_every_child_fire_once():
 def test_an_overridden_block_on_one_instance_runs():
     _, ours = build_pair({"batch_first": True})
     x = source(ours)
-    ours._sa_block = lambda x, attn_mask, key_padding_mask, is_causal=False: torch.zeros_like(x)
-    torch.testing.assert_close(ours(x, src_mask=later()), ours.norm2(ours.norm1(x) + ours._ff_block(ours.norm1(x))))
+    seen = []
+
+    def block(x, attn_mask, key_padding_mask, is_causal=False):
+        seen.append((attn_mask.dtype, key_padding_mask.dtype))
+        return torch.zeros_like(x)
+
+    ours._sa_block = block
+    out = ours(x, src_mask=later(), src_key_padding_mask=padding())
+    torch.testing.assert_close(out, ours.norm2(ours.norm1(x) + ours._ff_block(ours.norm1(x))))
+    assert seen == [(torch.float64, torch.float64)]  # torch's form of the masks
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -60,3 +60,10 @@ def pad_nested(x: Tensor) -> tuple[Tensor, Tensor]:
     """A nested (batch, seqlen, features) as a padded tensor and the bool padding mask (batch, seqlen) of it; TorchScript compiles it."""
     padding = torch.ones_like(x).to_padded_tensor(0.0)[:, :, 0] == 0
     return x.to_padded_tensor(0.0), padding
+
+
+def readable_hint(is_causal: bool) -> bool:
+    """is_causal, or False where tracing cannot tell: from comparing the mask with a causal one, which then hides as much by itself."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(is_causal)

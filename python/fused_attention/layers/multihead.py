@@ -5,7 +5,7 @@
 Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, https://arxiv.org/abs/1706.03762
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from fused_attention.dropout import new_seed
 from fused_attention.functional import attention, attention_weights, attention_with_lse
+from fused_attention.layer_ops import linear
+from fused_attention.rotary import Rotary
 
-from .masks import add_causal_mask, pad_nested, score_masks
+from .acceptance import can_attend, refuse_call, takes_nested
+from .extras import AttentionExtras, add_parameters, attention_options, refuse_script, reset_parameters, turn
+from .fused import linear_of
+from .jagged import attend_jagged, takes_jagged
+from .masks import add_causal_mask, pad_nested, readable_hint, score_masks
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -28,10 +34,73 @@ class MultiHeadAttention(nn.MultiheadAttention):
     - `out_proj` is called as a module, so hooks and wrappers on it run.
     - Training and evaluation run the same code; the output is contiguous in both.
     - Dropout draws from this library's generator: equal to torch's in distribution, not seed for seed.
+    - Jagged nested tensors (batch, jagged, features) are taken without masks, in training too.
 
-    What `attention` cannot take (inputs and weights of different dtypes, nested tensors) torch computes;
+    What `attention` cannot take (inputs and weights of different dtypes, strided nested tensors) torch computes;
     what is wrong torch refuses, in its own words. Under TorchScript the module runs torch's functions.
+
+    Beyond torch's, keyword-only; without them the module is torch's in every parameter and every random number drawn:
+        num_kv_heads: how many heads of keys and values the heads share in groups; it divides num_heads.
+        rotary: a `Rotary`, which turns queries and keys by their positions.
+        qk_norm: "rms" or "layer", of each head's queries and keys before they are turned, with qk_norm_eps.
+        window: (left, right), how many keys before and after its own position a query sees; None is unbounded, is_causal makes right 0.
+        softcap, scale: of the scores, as in `attention`. alibi: whether to add ALiBi's slopes times the distance.
+        sinks: whether each head has one more logit, a parameter, whose probability goes nowhere.
+        qkv_bias, out_bias: whether the projections have a bias, where that is not what `bias` says.
+    torch has nothing that computes such a module: what it cannot take is refused in our words, nested tensors and TorchScript too.
     """
+
+    extras: AttentionExtras | None = None  # of the class, as a module whose class was changed has not run __init__
+    q_norm: nn.Module
+    k_norm: nn.Module
+    sinks: nn.Parameter
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        num_kv_heads: int | None = None,
+        rotary: Rotary | None = None,
+        qk_norm: Literal["rms", "layer"] | None = None,
+        qk_norm_eps: float = 1e-6,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        sinks: bool = False,
+        alibi: bool = False,
+        qkv_bias: bool | None = None,
+        out_bias: bool | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        extras = AttentionExtras(num_kv_heads, rotary, qk_norm, qk_norm_eps, window, softcap, scale, sinks, alibi, qkv_bias, out_bias)
+        if extras.given():
+            extras.check(self)
+            self.extras = extras
+            add_parameters(self, extras)
+            self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        if self.extras is None:
+            super()._reset_parameters()
+        else:
+            reset_parameters(self, self.extras)
+
+    def extra_repr(self) -> str:
+        return "" if self.extras is None else ", ".join(f"{name}={value!r}" for name, value in self.extras.given().items())
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        refuse_script(self, self.extras)
+        return self
 
     def forward(
         self,
@@ -93,7 +162,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
             if nested and key_padding_mask is not None:
                 out = torch._nested_tensor_from_mask(out, key_padding_mask.logical_not(), False)
             return out, weights
-        if not self._can_attend(query, key, value, key_padding_mask, need_weights, attn_mask):
+        if not can_attend(self, query, key, value, key_padding_mask, need_weights, attn_mask):
+            if self.extras is not None:
+                refuse_call(self, query, key, value, key_padding_mask, attn_mask)
+            if takes_jagged(self, query, key, value, key_padding_mask, attn_mask):
+                return attend_jagged(self, query, key, value, need_weights, average_attn_weights, is_causal)
             return self._torch_forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
 
@@ -114,18 +187,24 @@ class MultiHeadAttention(nn.MultiheadAttention):
             key_padding_mask = F._canonical_mask(key_padding_mask, "key_padding_mask", attn_mask.dtype, "attn_mask", query.dtype)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        q, k, v = self._project(query, key, value)
+        q_norm, k_norm = (None, None) if self.extras is None or self.extras.qk_norm is None else (self.q_norm, self.k_norm)
+        q, k, v = self._split_heads(q, q_norm), self._split_heads(k, k_norm), self._split_heads(v)
+        if self.extras is not None and self.extras.rotary is not None:
+            q, k = turn(q, k, self.extras.rotary)
         k, v, columns = self._add_columns(k, v)
         mask, bias = score_masks(attn_mask, key_padding_mask, self.num_heads, columns)
         dropout_p = float(self.dropout) if self.training else 0.0
         options: dict[str, Any] = {
-            "causal": _hint(is_causal) if attn_mask is not None and torch.compiler.is_compiling() else bool(is_causal),
+            "causal": readable_hint(is_causal) if attn_mask is not None and torch.compiler.is_compiling() else bool(is_causal),
             "offset": columns,  # query i sees key i, as in torch; the added columns stand in front, where causal never hides them
             "mask": mask,
             "bias": bias,
             "dropout_p": dropout_p,
             "dropout_seed": new_seed(q.device) if dropout_p > 0.0 else None,
         }
+        if self.extras is not None:
+            options |= attention_options(self, self.extras, q, options["causal"])
         weights = None
         if need_weights:
             out, lse = attention_with_lse(q, k, v, **options)
@@ -134,38 +213,43 @@ class MultiHeadAttention(nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = attention(q, k, v, **options)
-        return self.out_proj(self._join_heads(out, batched)), weights
+        return linear_of(self.out_proj, self._join_heads(out, batched)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three in-projections, in as few matrix products as identical inputs allow."""
         bias, embed_dim = self.in_proj_bias, self.embed_dim
         if not self._qkv_same_embed_dim:
-            q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
+            rows_of = [weight.shape[0] for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)]
+            q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.split(rows_of)
             return (
-                F.linear(query, self.q_proj_weight, q_bias),
-                F.linear(key, self.k_proj_weight, k_bias),
-                F.linear(value, self.v_proj_weight, v_bias),
+                linear(query, self.q_proj_weight, q_bias),
+                linear(key, self.k_proj_weight, k_bias),
+                linear(value, self.v_proj_weight, v_bias),
             )
         weight = self.in_proj_weight
+        kv_features = (weight.shape[0] - embed_dim) // 2
+        ends = (0, embed_dim, embed_dim + kv_features, weight.shape[0])
         if query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
+            q, k, v = linear(query, weight, bias).split([embed_dim, kv_features, kv_features], -1)
             return q, k, v
 
         def rows(x: Tensor, start: int, end: int) -> Tensor:
-            part = slice(start * embed_dim, end * embed_dim)
-            return F.linear(x, weight[part], None if bias is None else bias[part])
+            part = slice(ends[start], ends[end])
+            return linear(x, weight[part], None if bias is None else bias[part])
 
         if key is value:
             k, v = rows(key, 1, 3).chunk(2, -1)
             return rows(query, 0, 1), k, v
         if query is key:
-            q, k = rows(query, 0, 2).chunk(2, -1)
+            q, k = rows(query, 0, 2).split([embed_dim, kv_features], -1)
             return q, k, rows(value, 2, 3)
         return rows(query, 0, 1), rows(key, 1, 2), rows(value, 2, 3)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """A view (batch, heads, seqlen, head_dim) of a projection in the order of the module's inputs."""
-        x = x.view(*x.shape[:-1], self.num_heads, self.embed_dim // self.num_heads)
+    def _split_heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """A view (batch, heads, seqlen, head_dim) of a projection in the order of the module's inputs, or its norm, of that layout."""
+        head_dim = self.embed_dim // self.num_heads
+        x = x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+        x = x if norm is None else norm(x)
         if x.dim() == 3:
             return x.transpose(0, 1)[None]
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
@@ -190,41 +274,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             v_parts.insert(0, self.bias_v.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
         return torch.cat(k_parts, 2), torch.cat(v_parts, 2), len(k_parts) - 1
 
-    def _can_attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool, attn_mask: Tensor | None
-    ) -> bool:
-        """Whether torch accepts the call and `attention` can take it: the one check of the inputs."""
-        dims = query.dim()
-        if query.is_nested or key.is_nested or value.is_nested or dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
-            return False
-        if (self.in_proj_weight is None) == self._qkv_same_embed_dim or (self.bias_k is None) != (self.bias_v is None):
-            return False
-        features = (query.shape[-1], key.shape[-1], value.shape[-1])
-        if features != (self.embed_dim, self.kdim, self.vdim) or self.embed_dim % self.num_heads or key.shape[:-1] != value.shape[:-1]:
-            return False
-        if self.training and not 0.0 <= self.dropout <= 1.0:
-            return False
-        batch_dim, seq_dim = (0, 1) if self.batch_first else (1, 0)
-        if dims == 2:
-            batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
-        elif query.shape[batch_dim] == key.shape[batch_dim]:
-            batch, seqlen_q, seqlen_k = query.shape[batch_dim], query.shape[seq_dim], key.shape[seq_dim]
-        else:
-            return False
-        padding_shape = (batch, seqlen_k) if dims == 3 else (seqlen_k,)
-        if key_padding_mask is not None and key_padding_mask.shape != padding_shape:
-            return False
-        if attn_mask is not None and attn_mask.shape not in ((seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k)):
-            return False
-        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
-        dtype = query.dtype
-        alike = dtype == key.dtype == value.dtype == weight.dtype == (weight if self.in_proj_bias is None else self.in_proj_bias).dtype
-        if not (dtype.is_floating_point and alike) and not _autocasts(query):
-            return False
-        if dtype is torch.float64 and _autocasts(query):  # autocast leaves torch's linear layers in float64, and would not leave attention
-            return False
-        return all(mask is None or _mask_fits(mask, query, need_weights) for mask in (attn_mask, key_padding_mask))
-
     def _torch_forward(
         self,
         query: Tensor,
@@ -237,7 +286,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """What torch computes, or its error; causal where torch would ignore the hint."""
-        if query.is_nested and is_causal and self._takes_nested(query, key, value, key_padding_mask, attn_mask):
+        if query.is_nested and is_causal and takes_nested(self, query, key, value, key_padding_mask, attn_mask):
             return self._attend_nested(query, need_weights, average_attn_weights)
         if is_causal and not query.is_nested and query.dim() in (2, 3) and key.dim() == query.dim():
             seq_dim = 1 if self.batch_first and query.dim() == 3 else 0
@@ -248,36 +297,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             is_causal = False  # with the hint torch drops attn_mask, and a wrong one passes unseen
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
 
-    def _takes_nested(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> bool:
-        """Whether torch documents the nested call as one it takes: self-attention at inference, without masks."""
-        needs_grad = torch.is_grad_enabled() and (query.requires_grad or any(parameter.requires_grad for parameter in self.parameters()))
-        alone = query is key and key is value and key_padding_mask is None and attn_mask is None
-        return alone and query.layout is torch.strided and query.dim() == 3 and self.batch_first and not self.training and not needs_grad
-
     def _attend_nested(self, x: Tensor, need_weights: bool, average_attn_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Causal self-attention of a nested (batch, seqlen, embed_dim), padded meanwhile: torch's operator for it ignores the hint."""
         padded, padding = pad_nested(x)
         out, weights = self._attend(padded, padded, padded, padding, need_weights, None, average_attn_weights, True)
         return torch._nested_tensor_from_mask(out, ~padding, mask_check=False), weights
-
-
-def _autocasts(x: Tensor) -> bool:
-    device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _mask_fits(mask: Tensor, query: Tensor, need_weights: bool) -> bool:
-    if mask.device != query.device:
-        return False
-    if mask.dtype in (torch.bool, query.dtype):
-        return True
-    # torch adds fp32 masks to half precision scores only where its fused kernels do the addition.
-    fused = mask.dtype is torch.float32 and query.dtype in (torch.float16, torch.bfloat16) and not need_weights
-    return mask.is_floating_point() and (fused or _autocasts(query))
-
-
-def _hint(is_causal: bool) -> bool:
-    """is_causal, or False where tracing cannot tell: from comparing the mask with a causal one, which then hides as much by itself."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    return guard_or_false(is_causal)

@@ -7,13 +7,20 @@ Sources: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Xiong et al., 2
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import LayerExtras, add_extras
+from .extras import AttentionOptions, refuse_script
+from .fused import add_norm_of, feed_forward
+from .gated import GATED, gated_name
 from .multihead import MultiHeadAttention
+
+if TYPE_CHECKING:
+    from typing import Unpack  # of Python 3.11
 
 # Bound at import: users do assign nn.TransformerEncoderLayer = TransformerLayer, and an override is told by comparing with torch's method.
 StockLayer = nn.TransformerEncoderLayer
@@ -26,7 +33,21 @@ class TransformerLayer(StockLayer):
     - Evaluation runs the same code as training: overridden `_sa_block` and `_ff_block` and hooks always run,
       and padded positions get the same values.
     - bool masks reach the attention as they are, unless `_sa_block` is overridden: then it gets torch's floating form.
+
+    Beyond torch's, keyword-only; without them the layer is torch's in every parameter and every random number drawn:
+        attention: what MultiHeadAttention takes beyond torch's (num_kv_heads, rotary, ...); qk_norm_eps is layer_norm_eps if not given.
+        activation: also "swiglu" or "geglu"; linear1 is then twice as wide as dim_feedforward, the gates first.
+        norm: "rms" for RMSNorm instead of LayerNorm.
+        sandwich: whether each block has a norm behind it too, after1 and after2; needs norm_first.
+        parallel: both blocks side by side, fed by norm1 alone ("one_norm") or by norm1 and norm2 ("two_norms"); needs norm_first.
+        ff_bias, norm_bias: whether linear1 and linear2, and LayerNorms, have a bias, where that is not what `bias` says.
+    TorchScript refuses such a layer. Llama's is one call: TransformerLayer(4096, 32, 14336, 0.0, "swiglu", norm_first=True, bias=False,
+    batch_first=True, norm="rms", num_kv_heads=8, rotary=Rotary(base=500000.0)).
     """
+
+    extras: LayerExtras | None = None  # of the class: a layer whose class was changed has not run __init__
+    after1: nn.Module
+    after2: nn.Module
 
     def __init__(
         self,
@@ -41,10 +62,21 @@ class TransformerLayer(StockLayer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        norm: Literal["layer", "rms"] = "layer",
+        sandwich: bool = False,
+        parallel: Literal["one_norm", "two_norms"] | None = None,
+        ff_bias: bool | None = None,
+        norm_bias: bool | None = None,
+        **attention: "Unpack[AttentionOptions]",
     ) -> None:
-        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
+        extras = LayerExtras(norm, sandwich, parallel, ff_bias, norm_bias, gated_name(activation))
+        extras.check(norm_first)
+        stock = activation if extras.activation is None else GATED[extras.activation]
+        super().__init__(d_model, nhead, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # By class: a second module would draw from the generator, and the same seed must give the same weights as torch's layer.
         self.self_attn.__class__ = MultiHeadAttention
+        add_extras(self, extras, attention, layer_norm_eps)
 
     def forward(
         self,
@@ -67,16 +99,54 @@ class TransformerLayer(StockLayer):
             other = F._none_or_dtype(src_mask)
             src_key_padding_mask = F._canonical_mask(src_key_padding_mask, "src_key_padding_mask", other, "src_mask", src.dtype)
             src_mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, False)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            extras = self.extras
+            if extras is not None and (extras.sandwich or extras.parallel is not None):
+                return self._arranged(src, src_mask, src_key_padding_mask, is_causal, extras)
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
-            x = x + self._ff_block(self.norm2(x))
+            normed, x = self._add_norm2(x, self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal))
+            x = x + self._ff_block(normed)
         else:
-            x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
-            x = self.norm2(x + self._ff_block(x))
+            x, _ = self._add_norm1(x, self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+            x, _ = self._add_norm2(x, self._ff_block(x))
         return x
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return feed_forward(self, x, self.dropout2)
+        fed: Tensor = self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+        return fed
+
+    def _add_norm1(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return add_norm_of(self.norm1, x, block)
+        summed = x + block
+        return self.norm1(summed), summed
+
+    def _add_norm2(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return add_norm_of(self.norm2, x, block)
+        summed = x + block
+        return self.norm2(summed), summed
+
+    def _arranged(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, extras: LayerExtras) -> Tensor:
+        """The blocks with norms behind them too, or side by side."""
+        normed = self.norm1(x)
+        attended = self._sa_block(normed, mask, padding, is_causal=is_causal)
+        attended = self.after1(attended) if extras.sandwich else attended
+        total = x + attended
+        if extras.parallel != "one_norm":
+            normed = self.norm2(total if extras.parallel is None else x)
+        fed = self._ff_block(normed)
+        return total + (self.after2(fed) if extras.sandwich else fed)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        refuse_script(self, self.extras)
+        return self
 
     def _carries(self, src_mask: Tensor | None, src_key_padding_mask: Tensor | None) -> bool:
         """Whether the masks may reach our attention as they came: bool ones, a byte an element. Others need torch's checks and form."""
-        ours = isinstance(self.self_attn, MultiHeadAttention) and getattr(self._sa_block, "__func__", None) is StockLayer._sa_block
+        stock = type(self)._sa_block is StockLayer._sa_block and "_sa_block" not in vars(self)
+        ours = stock and isinstance(self.self_attn, MultiHeadAttention)
         return ours and all(mask is None or mask.dtype is torch.bool for mask in (src_mask, src_key_padding_mask))
