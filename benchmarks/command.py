@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-train", action="store_true", help="leave the training run out")
     parser.add_argument("--no-plot", action="store_true", help="leave the sweep over sequence lengths and its plot out")
     parser.add_argument("--device", choices=("cpu",), help="race each class of calls of this device's backend against its goals instead")
+    parser.add_argument("--preset", choices=("modules",), help="with the goals, those of the layers and modules alone")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs, weights and batches (default 0)")
 
 
@@ -80,16 +81,17 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         protocol = replace(protocol, least_rounds=3, budget=0.3)
     with _threads(args.threads):
-        if args.device is not None:
-            return _race(console, protocol, stamp(protocol, malloc, args.seed), paths[0])
+        if args.device is not None or args.preset is not None:
+            chosen = [goal for goal in goals.goals() if args.preset is None or goals.of_modules(goal)]
+            return _race(chosen, console, protocol, stamp(protocol, malloc, args.seed), paths[0])
         return _run(args, console, protocol, malloc, *paths)
 
 
-def _race(console: Console, protocol: Protocol, environment: dict[str, Any], json_path: Path) -> int:
+def _race(chosen: list[goals.Goal], console: Console, protocol: Protocol, environment: dict[str, Any], json_path: Path) -> int:
     """The goals; 1 if one is missed."""
     environment["best_gemm"] = {dtype: best_gemm(DTYPES[dtype], protocol) for dtype in ("fp32", "bf16")}
     header(console, environment)
-    chosen, results = list(goals.goals()), []
+    results: list[goals.Result] = []
     with _progress(console) as bar:
         task = bar.add_task("goals", total=len(chosen))
         for goal in chosen:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from .races import Race, attention_race, layer_race, option_race, packed_race, train_race
+from .races import Race, attention_race, layer_race, module_race, option_race, packed_race, train_race
 from .timing import Protocol
 from .workloads import Direction, Workload, attention_flops
 
@@ -99,11 +100,19 @@ def goals(shrink: int = 1) -> Iterator[Goal]:
         yield _layer("bf16", workload, shrink, {CAREFUL: must}, {})
     for workload in LAYERS[:2]:
         small = _shrunk(workload, shrink)
+        for need_weights, must in ((False, 2.0), (True, 1.5)):
+            title = f"fp32 MultiHeadAttention{', averaged weights' if need_weights else ''}, {workload.name}"
+            yield Goal(title, partial(module_race, small, "fp32", need_weights), {TORCH_NN: must}, {})
         yield Goal(f"fp32 layer, training step, {workload.name}", lambda small=small: train_race(small, "fp32"), {TORCH_NN: 2.0}, {})
     for name in OPTIONS:
         race = _shrunk(FULL[1], shrink)
         yield Goal(f"fp32 {name}, a visible pair", lambda race=race, name=name: option_race(race, name), {"ours, plain": 0.8}, {})
     yield _attention("fp32 forward", TINY, 1, {SDPA: 1.2}, {SDPA: 1.5}, calls=100)
+
+
+def of_modules(goal: Goal) -> bool:
+    """Whether a goal is one of the layers and modules, not of attention alone."""
+    return bool({TORCH_NN, CAREFUL} & set(goal.must))
 
 
 def _attention(title: str, workload: Workload, shrink: int, must: Mapping[str, float], aim: Mapping[str, float], calls: int = 1) -> Goal:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from fused_attention import attention, ops, plans, triton_backend
+from fused_attention import attention, plans, triton_backend
 from fused_attention.backend import KERNELS
+from fused_attention.listeners import unheard
 
 SHAPE = (1, 8, 16, 64)  # batch, heads, seqlen, head_dim: so short that the host is what a call waits for
 CALLS, ROUNDS = 500, 15
@@ -39,7 +40,7 @@ def steps(calls: int = CALLS, rounds: int = ROUNDS) -> Iterator[Step]:
     functions: dict[str, Callable[[], Any]] = {
         "plan: checks and choice, new facts": lambda: (plans.forget(), plans.plan(q, k, v, {"causal": True}, None)),
         "plan: remembered": lambda: plans.plan(q, k, v, {"causal": True}, None),
-        "dispatch: is the operator unheard": lambda: ops.unheard(q, k, v, known),
+        "dispatch: is the operator unheard": lambda: unheard(q, k, v, *known),
         "backend triton, bf16, launch left out": lambda: KERNELS["triton"].forward(*halves, half),
     }
     if KERNELS["cpu"].unavailable() is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,19 @@ def layer_race(workload: Workload, dtype: str, rivals: tuple[str, ...]) -> Race:
         "SDPA + F.linear": lambda: careful_layer(theirs, inputs.x, workload.causal),
     }
     return Race({name: call for name, call in calls.items() if name == OURS or name in rivals})
+
+
+def module_race(workload: Workload, dtype: str, need_weights: bool) -> Race:
+    """A MultiHeadAttention in evaluation against torch.nn's; need_weights: the weights too, averaged over the heads."""
+    attention_only = replace(workload, module="attention")
+    inputs = module_inputs(attention_only, DTYPES[dtype], SEED)
+    theirs = torch_module(attention_only, DTYPES[dtype], SEED).eval()
+    ours = our_module(attention_only, DTYPES[dtype], theirs).eval()
+    return Race({name: _self_attention(module, inputs.x, need_weights) for name, module in ((OURS, ours), ("torch.nn", theirs))})
+
+
+def _self_attention(module: nn.Module, x: Tensor, need_weights: bool) -> Callable[[], Any]:
+    return lambda: module(x, x, x, need_weights=need_weights)[: 2 if need_weights else 1]
 
 
 def careful_layer(layer: nn.Module, x: Tensor, causal: bool) -> Tensor:

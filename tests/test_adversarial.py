@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -180,9 +181,32 @@ def test_a_broken_key_reaches_no_gradient_of_keys_that_its_rows_do_not_see(where
     check({name: output[name] for name in ("dk", "dv")}, truth)
 
 
+def test_no_weight_is_above_one_however_large_the_scores(backend):
+    """Of lse at 1e10 the last place is 1024, and exp(score - lse) may be anything where nothing holds it."""
+    inputs = scored(single(1e10, 20))
+    q = inputs.q.clone()
+    q[..., 0] = 1 + COLUMN.sin() / 3
+    output = run(inputs.changed(q=q, dlse=None), backend)
+    largest = inputs.dout.abs().sum(2, keepdim=True)
+    assert (output["dv"].abs() <= largest * (1 + 1e-5)).all()
+    assert all(tensor.isfinite().all() for tensor in output.values())
+
+
+NEXT_TO: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": torch.tensor([0.1, 0.3])},
+    "key-bias": {"bias": COLUMN.sin()[None, None, None]},
+    "dropout": {"dropout_p": 0.25, "dropout_seed": torch.tensor([3, 4])},
+}
+
+
 @pytest.mark.parametrize("filler", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("option", ["mask", "bias", "kv_lengths", "window"])
-def test_a_hidden_key_may_hold_anything(option, filler, backend):
+@pytest.mark.parametrize("other", NEXT_TO)
+def test_a_hidden_key_may_hold_anything(other, option, filler, backend):
+    if {other, option} == {"key-bias", "bias"}:
+        pytest.skip("a call has one bias")
     hidden = torch.zeros(35, dtype=torch.bool)
     hidden[30:] = True
     options = {
@@ -191,7 +215,7 @@ def test_a_hidden_key_may_hold_anything(option, filler, backend):
         "kv_lengths": {"kv_lengths": torch.tensor([30]), "offset": 0},
         "window": {"window": (None, 0), "offset": -5},
     }[option]
-    inputs = BASE.make().changed(options=options)
+    inputs = BASE.make().changed(options=options | NEXT_TO[other])
     filled = inputs.changed(k=inputs.k.masked_fill(hidden[:, None], filler), v=inputs.v.masked_fill(hidden[:, None], filler))
     check(run(filled, backend), inputs.truth())
 
@@ -225,6 +249,21 @@ def test_biases_far_from_the_scores(value, backend):
     assert all(tensor.isfinite().all() for tensor in output.values())
     if abs(value) < 1e30:
         check(output, inputs.truth())
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 1e-40}, {"scale": 3e38}, {"sinks": torch.tensor([3e38, 0.0])}, {"sinks": torch.tensor([-3e38, 0.0])}], ids=str
+)
+def test_options_at_the_limits_of_float32(options, backend):
+    """Scores of 0, which a factor that overflowed would make NaN."""
+    if backend == "triton":
+        pytest.skip("Triton's kernels multiply by log2(e) in float32, where factors within 1.45 times of its largest number overflow")
+    inputs = BASE.make().changed(options=options)
+    inputs = inputs.changed(q=torch.zeros_like(inputs.q))
+    output = run(inputs, backend)
+    assert all(output[name].isfinite().all() for name in ("out", "lse", "dv"))
+    assert "dsinks" not in output or output["dsinks"].isfinite().all()
+    check({"out": output["out"], "dv": output["dv"]}, inputs.truth())
 
 
 @pytest.mark.parametrize("number", [2**31, 2**40, 2**62])

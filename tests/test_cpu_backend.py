@@ -243,10 +243,15 @@ class TestFormula:
                     if sure:
                         assert (~got[0, where].isfinite()).any(-1).all(), f"{name}[{key}] = {bad} is lost from {tensor}"
 
+    @pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
     @pytest.mark.parametrize("name", ["q", "dout"])
-    def test_a_query_that_is_not_finite_reaches_the_keys_it_sees(self, name):
-        call = make(90, 150, 20, batch=1, window_left=20, window_right=0)
-        seen, clean = visible(call.problem)[0], call.run()
+    @pytest.mark.parametrize("hidden_by", ["window", "mask"])
+    def test_a_query_that_is_not_finite_reaches_the_keys_it_sees(self, hidden_by, name, options):
+        call = make(90, 150, 20, batch=1, window_left=20, window_right=0, **options)
+        seen = visible(call.problem)[0]
+        if hidden_by == "mask":
+            call = call.but(options=call.options | {"window_left": None, "window_right": None, "mask": seen[None, None]})
+        clean = call.run()
         for row in (0, 1, 31, 32, 70, 89):
             spoiled = getattr(call, name).clone()
             spoiled[0, 0, row] = torch.nan
@@ -336,7 +341,8 @@ class TestPromises:
 
     @pytest.mark.parametrize("options", [{}, {"window_right": 0}, {"window_left": 150, "window_right": 2}], ids=str)
     def test_a_row_does_not_depend_on_its_neighbours(self, options):
-        call = make(200, 300, 20, batch=1, heads=4, kv_heads=1, **options)
+        # A head_dim of no whole vectors: a few rows of another take the kernel for decoding, and its order of sums.
+        call = make(200, 300, 21, batch=1, heads=4, kv_heads=1, **options)
         whole = CPU.forward(call.q, call.k, call.v, call.problem)
         for rows in (slice(0, 1), slice(5, 24), slice(33, 150), slice(199, 200)):
             part = call.but(q=call.q[:, :, rows], options=call.options | {"offset": 100 + rows.start})
@@ -350,6 +356,21 @@ class TestPromises:
         for x in spoiled:
             x[:, :, :30] = torch.nan  # row 0 stands at key 60
         equal(dict(call.run().items()), call.but(k=spoiled[0], v=spoiled[1]).run())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
+    def test_values_of_later_keys_do_not_change_a_bit(self, dtype, options):
+        """Even and odd keys, for some kernels add them up in pairs."""
+        call = make(65, 65, 20, batch=1, window_right=0, **options)
+        call = call.but(**{name: getattr(call, name).to(dtype) for name in ("q", "k", "v", "dout")})
+        clean = CPU.forward(call.q, call.k, call.v, call.problem)
+        for key in (13, 30, 63, 64):
+            v = call.v.clone()
+            v[:, :, key] = torch.nan
+            out, lse = CPU.forward(call.q, call.k, v, call.problem)
+            assert torch.equal(out[:, :, :key], clean.out[:, :, :key])
+            assert torch.equal(lse, clean.lse)
+            assert out[:, :, key:].isnan().all()
 
     @pytest.mark.parametrize("shape", [(1, 1, 1, 384), (2, 1, 40, 384)])
     def test_tiles_that_a_mask_hides_as_a_whole_might_not_be_there(self, shape):

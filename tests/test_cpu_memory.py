@@ -94,6 +94,16 @@ for threads, dtype in ((1, torch.float32), (1, torch.float64), (2, torch.bfloat1
     print(threads, dtype, history)
     if len(counts) != 2 or any(counts) or threads == 1 and not all(history[0]):
         raise SystemExit(1)
+
+# Decoding, where each range of keys of each head keeps its result till all are there.
+q, k = torch.randn(8, 32, 1, 128), torch.randn(1, 1, 8192, 128).expand(8, 32, 8192, 128)
+problem = Problem(q=Layout.of(q), k=Layout.of(k), v=Layout.of(k), dtype=q.dtype, device=q.device, scale=0.1)
+counts = []
+for repeat in range(4):
+    backend.forward(q, k, k, problem)
+print("decoding", counts)
+if counts[-1] or not counts[0]:
+    raise SystemExit(1)
 """
 
 DENORMAL_AFTER_LOADING = """

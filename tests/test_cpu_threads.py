@@ -66,6 +66,23 @@ def test_the_number_of_threads_changes_no_bit(case, dtype, threads):
         same_bits(inputs.run("cpu"), expected)
 
 
+# PyTorch splits a sum with one result among its threads from 32768 numbers on.
+MANY = (
+    Case("rows-of-a-sink", batch=2, heads=1, seqlen_q=40000, seqlen_k=3, head_dim=8, sinks=True),
+    Case("members-of-a-slope", batch=40000, heads=1, seqlen_q=2, seqlen_k=3, head_dim=8, alibi_slopes="h"),
+)
+
+
+@pytest.mark.parametrize("case", MANY, ids=lambda case: case.name)
+def test_the_number_of_threads_changes_no_sum_over_many_rows(case, threads):
+    inputs = case.make()
+    threads(1)
+    expected = inputs.run("cpu")
+    for count in (2, 5):
+        threads(count)
+        same_bits(inputs.run("cpu"), expected)
+
+
 def member(inputs: Inputs, b: int) -> Inputs:
     """One member of a batch as a batch of its own."""
 

@@ -195,6 +195,37 @@ def test_negated_views(name: str) -> None:
         torch.testing.assert_close(function(negated), function(x), rtol=0, atol=0)
 
 
+SPECIAL = {
+    "rotate": (layer_ops.rotate, (normal(2, 3, 5, 8), normal(5, 4), normal(5, 4, seed=1))),
+    "linear": (layer_ops.linear, (normal(7, 24), normal(16, 24), normal(16))),
+    "add_norm": (
+        lambda *tensors: layer_ops.add_norm(*tensors, eps=1e-5).out,
+        (normal(7, 24), normal(7, 24, seed=1), normal(24), normal(24, seed=1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_every_argument_may_be_more_than_its_memory(name: str) -> None:
+    """Negated views were read raw but for the first argument; a tensor of zeros has no memory at all."""
+    function, inputs = SPECIAL[name]
+    for number, x in enumerate(inputs):
+        for special in (torch.complex(x, -x).conj().imag, torch._efficientzerotensor(x.shape)):
+            changed = [*inputs[:number], special, *inputs[number + 1 :]]
+            dense = [*inputs[:number], special.resolve_neg() if special.is_neg() else torch.zeros(x.shape), *inputs[number + 1 :]]
+            with torch.no_grad():
+                torch.testing.assert_close(function(*changed), function(*dense), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spread", [lambda bias: bias.repeat_interleave(2)[::2], lambda bias: bias[:1].expand(bias.shape)])
+def test_a_bias_of_any_stride(spread: Callable[[Tensor], Tensor]) -> None:
+    """oneDNN's product reads a bias as if it were dense."""
+    x, weight = (normal(512, 512, seed=seed).bfloat16() for seed in range(2))
+    bias = spread(normal(512).bfloat16())
+    with torch.no_grad():
+        torch.testing.assert_close(layer_ops.linear(x, weight, bias), layer_ops.linear(x, weight, bias.contiguous()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", LAYER)
 def test_export_keeps_to_pytorchs_operators(name: str) -> None:
     class Module(torch.nn.Module):

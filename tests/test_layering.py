@@ -37,21 +37,22 @@ ALLOWED: dict[str, set[str]] = {
     "backend": {"cpu_backend", "problem", "torch_backend", "triton_backend"},
     "batching": set(),
     "second_derivative": {"blockwise", "problem", "scores"},
-    "ops": {"backend", "batching", "blockwise", "problem", "second_derivative"},
+    "ops": {"backend", "batching", "blockwise", "listeners", "problem", "second_derivative"},
     "merge": {"problem"},
     "jagged": set(),
+    "listeners": {"problem"},
     "plans": {"backend", "problem", "validation"},
     "functional": {"autocast", "backend", "dropout", "jagged", "ops", "plans", "problem", "reference", "validation"},
     "sdpa": {"functional"},
     "rotary": {"layer_ops"},
     "positional": set(),
-    "layer_ops": {"cpu_backend", "triton_backend"},
+    "layer_ops": {"cpu_backend", "listeners", "triton_backend"},
     "layers": {"dropout", "functional", "layer_ops", "positional", "rotary"},
     "explanation": {"backend", "functional", "ops", "problem"},
     "fused_attention": {"backend", "explanation", "functional", "layers", "merge", "problem", "rotary", "sdpa"},
     "__main__": set(),
     "testing": {"fused_attention", "backend", "problem", "validation"},
-    "benchmarks": {"fused_attention", "testing", "layer_ops", "backend", "ops", "plans", "triton_backend"},  # four for host_path
+    "benchmarks": {"fused_attention", "testing", "layer_ops", "backend", "listeners", "plans", "triton_backend"},  # four for host_path
 }
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention, attention_varlen, ops, plans
+from fused_attention.listeners import unheard
 
 TENSORS = {
     "mask": lambda: torch.rand(5, 7) < 0.7,
@@ -21,6 +22,10 @@ TENSORS = {
     "alibi_slopes": lambda: torch.rand(4),
     "sinks": lambda: torch.randn(4),
 }
+
+
+class Counted(torch.Tensor):
+    """A subclass, which __torch_function__ shows each call."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +60,33 @@ def test_a_remembered_call_uses_the_tensor_that_it_is_given(name, checks):
     assert len(checks) == 1
     plans._remembered.clear()
     torch.testing.assert_close(results[1], attention(q, k, v, backend="reference", **options[1]), rtol=0, atol=0)
+
+
+SHARED = (("kv_lengths", "offset"), ("alibi_slopes", "sinks"))
+
+
+@pytest.mark.parametrize("names", SHARED, ids="-".join)
+def test_one_tensor_for_two_options_is_two_options(names, checks):
+    """It was found by identity, so that the next call, with two tensors, got the first one for both."""
+    q, k, v = operands()
+    first, second = (TENSORS[names[0]]() for _ in range(2))
+    second = second - 1
+    attention(q, k, v, backend="reference", **dict.fromkeys(names, first))
+    got = attention(q, k, v, backend="reference", **dict(zip(names, (first, second), strict=True)))
+    assert len(checks) == 1
+    plans.forget()
+    torch.testing.assert_close(
+        got, attention(q, k, v, backend="reference", **dict(zip(names, (first, second), strict=True))), rtol=0, atol=0
+    )
+
+
+def test_packed_queries_and_keys_may_share_their_lengths():
+    q = torch.randn(12, 2, 8)
+    same, other = torch.tensor([0, 5, 12]), torch.tensor([0, 1, 12])
+    attention_varlen(q, q, q, same, same, backend="reference")
+    got = attention_varlen(q, q, q, same, other, backend="reference")
+    plans.forget()
+    torch.testing.assert_close(got, attention_varlen(q, q, q, same, other, backend="reference"), rtol=0, atol=0)
 
 
 def test_packed_keys_default_to_those_of_the_queries(checks):
@@ -97,6 +129,10 @@ def test_a_wrong_type_that_equals_a_right_one_is_still_refused():
         attention(q, k, v, causal=1, softcap=1.0)
     with pytest.raises(ValueError, match="softcap is True"):
         attention(q, k, v, causal=True, softcap=True)
+    attention(q, k, v, window=(1, 0))
+    for window in ((1.0, 0), (True, 0)):
+        with pytest.raises(TypeError, match="window left is"):
+            attention(q, k, v, window=window)
 
 
 def test_what_has_no_hash_is_checked_each_time(checks):
@@ -111,14 +147,15 @@ def test_a_wrong_call_is_refused_each_time():
             attention(*operands(), window=(-1, 0))
 
 
-def test_no_tensor_is_kept_alive():
+@pytest.mark.parametrize("subclass", [False, True])
+def test_no_tensor_is_kept_alive(subclass):
     mask = TENSORS["mask"]()
+    mask = mask.as_subclass(Counted) if subclass else mask
     attention(*operands(), mask=mask)
     kept = weakref.ref(mask)
     del mask
     gc.collect()
     assert kept() is None
-    assert len(plans._remembered) == 1
 
 
 def test_there_are_never_more_than_so_many(monkeypatch):
@@ -142,28 +179,24 @@ def negated(x):
     return torch.view_as_complex(torch.stack([torch.zeros_like(x), -x], -1)).conj().imag
 
 
-class Counted(torch.Tensor):
-    """A subclass, which __torch_function__ shows each call."""
-
-
 def test_whoever_listens_still_hears_the_operator(monkeypatch):
     """Modes, tracers, transforms, the profiler, and tensors that are more than their memory."""
     q, k, v = operands()
     problem = plans.plan(q, k, v, {}, None).problem
-    assert ops.unheard(q, k, v, problem)
+    assert unheard(q, k, v, *problem)
     heard = []
     contexts = (FlopCounterMode(display=False), TorchFunctionMode(), torch.device("cpu"), torch.profiler.profile(), mock.MagicMock())
     for context in contexts:
         with context:
-            heard.append(not ops.unheard(q, k, v, problem))
+            heard.append(not unheard(q, k, v, *problem))
     assert heard == [True] * 4 + [False]
     for x in (negated(q), torch._efficientzerotensor(q.shape), q.as_subclass(Counted)):
-        assert not ops.unheard(x, k, v, problem), type(x)
-        assert not ops.unheard(q, k, x, problem), type(x)
-    assert not ops.unheard(q, k, v, problem._replace(bias=negated(torch.randn(5, 7))))
+        assert not unheard(x, k, v, *problem), type(x)
+        assert not unheard(q, k, x, *problem), type(x)
+    assert not unheard(q, k, v, *problem._replace(bias=negated(torch.randn(5, 7))))
     for transform in (torch.vmap, torch.func.grad):
-        transform(lambda x: heard.append(not ops.unheard(x, k, v, problem)) or x.sum())(q)
-    torch.jit.trace(lambda x: heard.append(not ops.unheard(x, k, v, problem)) or x, (q,), check_trace=False)
+        transform(lambda x: heard.append(not unheard(x, k, v, *problem)) or x.sum())(q)
+    torch.jit.trace(lambda x: heard.append(not unheard(x, k, v, *problem)) or x, (q,), check_trace=False)
     assert heard[5:] == [True] * 3
 
 

@@ -69,15 +69,18 @@ struct KeyBlock {
     return {first, smaller(blocks_of(kTileRows, seen.hi - keys.lo) * kTileRows, keys.hi - keys.lo)};
   }
 
-  LaneMask<kTileVectors> mask_of(int64_t first, int64_t first_key) const {
+  // Lanes past the last row see nothing, or sums over lanes would hold what no row sees.
+  LaneMask<kTileVectors> mask_of(Interval rows, int64_t first_key) const {
     IntVec query[kTileVectors];
     for (int i = 0; i < kLanes; ++i) query[i / kWidth][i % kWidth] = i;
-    return LaneMask<kTileVectors>(visible, first, query, first_key);
+    LaneMask<kTileVectors> mask(visible, rows.lo, query, first_key);
+    mask.hide_lanes_from(int(rows.hi - rows.lo));
+    return mask;
   }
 
   // weights and dscores for the queries of a lane block.
   void score(int64_t first, int64_t column, Interval rows) {
-    const LaneMask<kTileVectors> mask = mask_of(first, keys.lo);
+    const LaneMask<kTileVectors> mask = mask_of(rows, keys.lo);
     const Interval all = visible.keys_of_all(rows), common = {all.lo - keys.lo, all.hi - keys.lo};
     const Interval seen = seen_by(rows);
     const Real *qt = head.scratch.qt + first * p.head_dim, *dout_t = head.scratch.dout_t + first * p.head_dim_v;
@@ -93,7 +96,7 @@ struct KeyBlock {
       Tile<height, kTileVectors> x;
       x.clear();
       x.multiply_add(k.rows_from(j), qt, kLanes, p.head_dim);
-      x.map([&](Vec x, auto, auto n) INLINE_LAMBDA { return exp2(x - lse[n] - rest[n]); });
+      x.map([&](Vec x, auto, auto n) INLINE_LAMBDA { return probability(x, lse[n], rest[n]); });
       if (masked) hide(x);
       x.map([&](Vec x, auto m, auto n) INLINE_LAMBDA { return store(weights + at(j + m, column, n), x), Vec{}; });
       x.multiply_add(v.rows_from(j), dout_t, kLanes, p.head_dim_v);
@@ -113,7 +116,7 @@ struct KeyBlock {
                     weights + at(seen.lo, column, 0),
                     dscores + at(seen.lo, column, 0),
                     of_options};
-    if (seen.empty() || !block.load_options(mask_of(first, seen.lo + keys.lo))) return block.clear(), false;
+    if (seen.empty() || !block.load_options(mask_of(rows, seen.lo + keys.lo))) return block.clear(), false;
     for_row_tiles(seen.lo, seen.hi, [&](auto height, int64_t j) INLINE_LAMBDA {
       const auto product = [&](Broadcast a, const Real* b, int64_t steps, Real* to) INLINE_LAMBDA {
         Tile<height, kTileVectors> x;

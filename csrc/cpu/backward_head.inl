@@ -4,6 +4,12 @@
 
 constexpr int kBlockM = kLanes < 24 ? 4 * kLanes : 2 * kLanes;
 
+// Of a score and its row's lse, lse + rest: never above 1, however lse was rounded. A NaN stays.
+INLINE Vec probability(Vec score, Vec lse, Vec rest) {
+  const Vec x = score - lse - rest;
+  return exp2(x > Real(0) ? Vec{} : x);
+}
+
 // Memory proportional to the sequence; queries come in blocks of kLanes ("lane blocks").
 struct HeadScratch {
   int64_t q_row, dout_row;   // row lengths of the copies below; 0 where the tensors' own rows serve
@@ -68,7 +74,7 @@ struct BackwardHead {
   void prepare(int64_t query_block) const {
     const Interval rows = rows_of(query_block);
     for (int64_t first = rows.lo; first < rows.hi; first += kLanes) {
-      load_lane_block(p.q, p.head_dim, Real(p.scale * kLog2EOf64), first, scratch.qt);
+      load_lane_block(p.q, p.head_dim, base2_scale(p), first, scratch.qt);
       load_lane_block(p.dout, p.head_dim_v, Real(1), first, scratch.dout_t);
       std::memset(scratch.dq_t + first * p.head_dim, 0, size_t(kLanes * p.head_dim) * sizeof(Real));
       for (int64_t i = first; i < first + kLanes; ++i) set_statistics(i);

@@ -43,7 +43,7 @@ struct RowsOfPairs : RowsOf<Element::kBFloat16> {
 struct DecodePart {
   Real *row_max, *row_sum, *out;
 
-  static int64_t size_of(const AttentionParams& p) { return 2 * kWidth + kDecodeRows * p.head_dim_v; }
+  static int64_t size_of(const AttentionParams& p, int rows) { return 2 * kWidth + rows * p.head_dim_v; }
   explicit DecodePart(Real* at) : row_max(at), row_sum(at + kWidth), out(at + 2 * kWidth) {}
 };
 
@@ -75,7 +75,7 @@ struct Decoder {
       const char* const row = block.rows.row(p.q, r);
       for (int64_t d = 0, at = 0; d < p.head_dim; d += Source::kDims, at += kWidth) {
         const Vec x = row ? Source::load_factors(row, d) : Vec{};
-        store(q + r * p.head_dim + at, Source::kPairs ? x : x * Real(p.scale * kLog2EOf64));
+        store(q + r * p.head_dim + at, Source::kPairs ? x : x * base2_scale(p));
       }
     }
   }
@@ -135,7 +135,7 @@ struct Decoder {
         repeat<R>(EACH(r) { products[i * R + r] = sums[r]; });
       });
       Vec x = sum_each(products);
-      if constexpr (Source::kPairs) x *= Real(p.scale * kLog2EOf64);
+      if constexpr (Source::kPairs) x *= base2_scale(p);
       store(scores + j * R, x);
     }
   }
@@ -201,14 +201,14 @@ struct Decoder {
 };
 
 // out and lse from the parts of all ranges, in the order of the keys.
-void merge_parts(const QueryBlock& block, Real* parts, int64_t ranges) {
+void merge_parts(const QueryBlock& block, Real* parts, int64_t ranges, int64_t size) {
   const AttentionParams& p = block.p;
   const int64_t row = p.head_dim_v;
   OnlineSoftmax<1> softmax;
   p.sinks ? softmax.start_with(static_cast<const Real*>(p.sinks), block.rows) : softmax.start();
   const DecodePart total(parts);
   for (int64_t n = 0; n < ranges; ++n) {
-    const DecodePart part(parts + n * DecodePart::size_of(p));
+    const DecodePart part(parts + n * size);
     const Vec row_max = load(part.row_max), highest = larger(softmax.row_max[0], row_max);
     const Vec pivot = highest == -kInfinity ? Vec{} : highest;
     const Vec before = exp2(softmax.row_max[0] - pivot), here = exp2(row_max - pivot);
@@ -234,7 +234,7 @@ template <class Source, int R>
 void decode_rows(const AttentionParams& p, int threads) {
   static thread_local Arena results;
   const int64_t ranges = std::max<int64_t>(1, blocks_of(kDecodeKeys, p.seqlen_k));
-  const int64_t heads = p.batch * p.kv_heads, size = DecodePart::size_of(p);
+  const int64_t heads = p.batch * p.kv_heads, size = DecodePart::size_of(p, R);
   // One head after another where they are alone on their thread, so that few parts wait to be merged.
   Real* const parts = results.array<Real>(size_t((threads > 1 ? heads : 1) * ranges * size));
   const auto block_of = [&](int64_t head) {
@@ -251,11 +251,11 @@ void decode_rows(const AttentionParams& p, int threads) {
     parallel_for(heads * ranges, threads,
                  [&](int64_t task) { attend(task / ranges, task % ranges, parts + task * size); });
     parallel_for(heads, threads,
-                 [&](int64_t head) { merge_parts(block_of(head), parts + head * ranges * size, ranges); });
+                 [&](int64_t head) { merge_parts(block_of(head), parts + head * ranges * size, ranges, size); });
   } else {
     for (int64_t head = 0; head < heads; ++head) {
       for (int64_t n = 0; n < ranges; ++n) attend(head, n, parts + n * size);
-      merge_parts(block_of(head), parts, ranges);
+      merge_parts(block_of(head), parts, ranges, size);
     }
   }
   results.trim();

@@ -24,7 +24,7 @@ INLINE void score_tile(const QueryBlock& block, const KeyTile<N>& tile, const Fo
   const AttentionParams& p = block.p;
   const Broadcast k = Operands::keys(p.k, tile.k, tile.keys, p.head_dim, scratch.copy);
   const int64_t steps = Operands::steps(p.head_dim);
-  const Real scale = Real(p.scale * kLog2EOf64);
+  const Real scale = base2_scale(p);
   repeat<N>(EACH(n) { tile_max[n] = broadcast(-kInfinity); });
   for_row_tiles(0, tile.keys, [&](auto height, int64_t j) INLINE_LAMBDA {
     if (block.opens_head) {
@@ -65,21 +65,23 @@ template <class Operands, int N>
 INLINE void add_values(const AttentionParams& p, const KeyTile<N>& tile, bool shifted, const Vec (&rescale)[N],
                        const ForwardScratch& scratch) {
   Real* const weights = scratch.scores;
+  const int64_t steps = Operands::steps(tile.keys);
+  Operands::template prepare_weights<N>(weights, tile.keys);
+  const Broadcast v = Operands::values(p.v, tile.v, tile.keys, p.head_dim_v, scratch.copy);
   if (tile.guarded) {
-    const Broadcast v = real_rows(p.v, tile.v, tile.keys, p.head_dim_v, scratch.copy);
-    const auto takes = [&](int64_t j, int n) INLINE_LAMBDA {
-      const IntVec shown = load(scratch.shift + (j * N + n) * kWidth) != -kInfinity;
-      return shifted ? shown : tile.mask.sees(Int(j), n);
+    const auto shown = [&](int64_t step, int n) INLINE_LAMBDA {
+      return Operands::shown(step, tile.keys, [&](int64_t j) INLINE_LAMBDA {
+        const IntVec by_options = load(scratch.shift + (j * N + n) * kWidth) != -kInfinity;
+        return shifted ? by_options : tile.mask.sees(Int(j), n);
+      });
     };
     add_products(p, v, rescale, scratch.out_t, [&](auto& o, Broadcast v_t) INLINE_LAMBDA {
-      o.multiply_add_where(v_t, weights, N * kWidth, tile.keys, takes);
+      o.template multiply_add_where<typename Operands::Product>(v_t, weights, N * kWidth, steps, shown);
     });
     return;
   }
-  Operands::template prepare_weights<N>(weights, tile.keys);
-  const Broadcast v = Operands::values(p.v, tile.v, tile.keys, p.head_dim_v, scratch.copy);
   add_products(p, v, rescale, scratch.out_t, [&](auto& o, Broadcast v_t) INLINE_LAMBDA {
-    o.template multiply_add<typename Operands::Product>(v_t, weights, N * kWidth, Operands::steps(tile.keys));
+    o.template multiply_add<typename Operands::Product>(v_t, weights, N * kWidth, steps);
   });
 }
 
@@ -92,7 +94,7 @@ void attend(const QueryBlock& block, const ForwardScratch& scratch) {
   const bool shifted = PairOptions<N>::given(p);
   const PairOptions<N> options(p, block.rows, block.visible);
 
-  Operands::template load_queries<N>(scratch.qt, scratch.copy, p.head_dim, p.q, Real(p.scale * kLog2EOf64),
+  Operands::template load_queries<N>(scratch.qt, scratch.copy, p.head_dim, p.q, base2_scale(p),
                                      [&](int lane) { return block.rows.row(p.q, lane); });
   std::memset(scratch.out_t, 0, size_t(p.head_dim_v) * N * kWidth * sizeof(Real));
   block.prefetch_rows();

@@ -18,5 +18,10 @@ struct LaneMask {
     }
   }
 
+  INLINE void hide_lanes_from(int count) {
+    for (int lane = count; lane < N * kWidth; ++lane)
+      hi[lane / kWidth][lane % kWidth] = lo[lane / kWidth][lane % kWidth];
+  }
+
   INLINE IntVec sees(Int key, int n) const { return (lo[n] <= key) & (hi[n] > key); }
 };

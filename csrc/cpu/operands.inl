@@ -22,6 +22,12 @@ struct RealOperands {
   }
   template <int N>
   static INLINE void prepare_weights(Real*, int64_t) {}
+
+  // The bits of a step of values that the lanes see, where sees(key) is what they see of a key.
+  template <class F>
+  static INLINE IntVec shown(int64_t step, int64_t, F&& sees) {
+    return sees(step);
+  }
 };
 
 #if defined(ISA_BF16) && !defined(REAL_IS_DOUBLE)
@@ -85,6 +91,12 @@ struct PairOperands {
         const Vec low = load(from), high = j + 1 < keys ? load(from + kRow) : Vec{};
         store(weights + j / 2 * kRow + lane, pair_up((Vec)((BitVec)low + 0x8000u), (Vec)((BitVec)high + 0x8000u)));
       }
+  }
+
+  template <class F>
+  static INLINE IntVec shown(int64_t step, int64_t keys, F&& sees) {
+    const IntVec low = sees(2 * step), high = 2 * step + 1 < keys ? sees(2 * step + 1) : IntVec{};
+    return (IntVec)((BitVec)low >> 16 | ((BitVec)high & 0xffff0000u));
   }
 
  private:

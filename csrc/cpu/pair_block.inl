@@ -38,28 +38,24 @@ struct PairBlock {
     const AttentionParams& p = head.p;
     const PairOptions<N> given = options();
     if (p.dropout_seed) load_dropout();
-    Vec lse[N], rest[N], delta[N], position[N];
+    Vec lse[N], rest[N], delta[N];
     std::memcpy(lse, head.scratch.lse + rows.first, sizeof(lse));
     std::memcpy(rest, head.scratch.lse_rest + rows.first, sizeof(rest));
     std::memcpy(delta, head.scratch.delta + rows.first, sizeof(delta));
-    given.positions(keys, position);
-    Vec slope_sum = scratch.slope_sum;
     for_pairs([&](int64_t j, int64_t at, auto n) INLINE_LAMBDA {
       const int64_t in_tile = (j * N + n) * kWidth;
       const Vec shift = load(scratch.shift + in_tile);
       const Vec kept = p.dropout_seed ? load(scratch.spare + in_tile) : broadcast(Real(1));
       Vec steepness = broadcast(Real(1));
-      Vec x = given.score(load(weights + at), shift, &steepness) - lse[n] - rest[n];
-      x = x > Real(0) ? Vec{} : x;  // no p is above 1, however lse was rounded; a NaN stays
+      const Vec x = given.score(load(weights + at), shift, &steepness);
       const auto hidden = shift == -kInfinity;
-      const Vec weight = hidden ? Vec{} : exp2(x);
+      const Vec weight = hidden ? Vec{} : probability(x, lse[n], rest[n]);
       const Vec ds = hidden ? Vec{} : weight * (load(dscores + at) * kept - delta[n]);
-      slope_sum -= ds * PairOptions<N>::distance(position[n], j);
       store(weights + at, weight * kept);
-      store(dscores + at, ds * steepness);
+      store(dscores + at, hidden ? Vec{} : ds * steepness);  // of a hidden NaN the steepness is NaN
       store(scratch.spare + in_tile, ds);
     });
-    scratch.slope_sum = slope_sum;
+    if (p.dslopes) add_to_slope_sum();
     if (p.dbias.data) add_to_dbias();
   }
 
@@ -80,7 +76,17 @@ struct PairBlock {
     });
   }
 
-  // spare holds dS'. What is the same for all keys waits for its turn in row_sums, for other key blocks add to it too.
+  // spare holds dS', here and below.
+  void add_to_slope_sum() const {
+    Vec position[N], total = scratch.slope_sum;
+    options().positions(keys, position);
+    for (int64_t j = 0; j < keys.hi - keys.lo; ++j)
+      repeat<N>(
+          EACH(n) { total -= load(scratch.spare + (j * N + n) * kWidth) * PairOptions<N>::distance(position[n], j); });
+    scratch.slope_sum = total;
+  }
+
+  // What is the same for all keys waits for its turn in row_sums, for other key blocks add to it too.
   void add_to_dbias() const {
     const View& x = head.p.dbias;
     const int64_t count = keys.hi - keys.lo;

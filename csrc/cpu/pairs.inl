@@ -6,6 +6,13 @@ constexpr double kLog2EOf64 = 1.4426950408889634;
 constexpr Real kLog2E = Real(kLog2EOf64);
 constexpr Real kInfinity = Real(__builtin_inf());
 
+// The nearest finite number: 0 times an infinite factor would be NaN.
+inline Real finite(double x) {
+  constexpr double kLargest = sizeof(Real) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
+  return Real(x > kLargest ? kLargest : x < -kLargest ? -kLargest : x);
+}
+inline Real base2_scale(const AttentionParams& p) { return finite(p.scale * kLog2EOf64); }
+
 // What a tile of pairs shows: kUnchanged is kAll, and no score changes either.
 enum class Shown { kNone, kSome, kAll, kUnchanged };
 
@@ -26,8 +33,8 @@ struct PairOptions {
         rows(of),
         visible(sees),
         slope{},
-        cap(broadcast(Real(p.softcap * kLog2EOf64))),
-        inverse_cap(broadcast(Real(p.softcap != 0.0 ? 2.0 / p.softcap : 0.0))) {
+        cap(broadcast(finite(p.softcap * kLog2EOf64))),
+        inverse_cap(broadcast(finite(p.softcap != 0.0 ? 2.0 / p.softcap : 0.0))) {
     if (!p.slopes) return;
     const Real* slopes = static_cast<const Real*>(p.slopes) + rows.batch * p.slopes_batch;
     for (int lane = 0; lane < rows.count; ++lane)

@@ -16,7 +16,8 @@ struct OnlineSoftmax {
   INLINE void start_with(const Real* sinks, const LaneRows& rows) {
     start();
     for (int lane = 0; lane < rows.count; ++lane) {
-      const Real sink = sinks[rows.head_of(lane)] * kLog2E;
+      const Real natural = sinks[rows.head_of(lane)];
+      const Real sink = natural - natural == 0 ? finite(double(natural) * kLog2EOf64) : natural;
       row_max[lane / kWidth][lane % kWidth] = sink;
       row_sum[lane / kWidth][lane % kWidth] = sink == -kInfinity ? 0 : 1;
     }

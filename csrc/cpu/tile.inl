@@ -70,15 +70,17 @@ struct Tile {
     }
   }
 
-  // The same, except that lane i of vector n takes step k only where takes(k, n)[i].
-  template <class F>
-  INLINE void multiply_add_where(Broadcast a, const Real* b, int64_t b_row, int64_t steps, F&& takes) {
+  // The same, except that lane i of vector n sees of a no more than the bits shown(k, n)[i]; where those are none, b
+  // must be 0.
+  template <class Product = Fma, class F>
+  INLINE void multiply_add_where(Broadcast a, const Real* b, int64_t b_row, int64_t steps, F&& shown) {
     for (int64_t k = 0; k < steps; ++k)
-      repeat<M>(EACH(m) {
-        const Vec x = broadcast_from(a.data + m * a.row + k * a.step);
-        repeat<N>(EACH(n) {
-          const Vec sum = fused(x, load(b + k * b_row + n * kWidth), at[m][n]);
-          at[m][n] = takes(k, n) ? sum : at[m][n];
+      repeat<N>(EACH(n) {
+        const IntVec bits = shown(k, n);
+        const Vec row = load(b + k * b_row + n * kWidth);
+        repeat<M>(EACH(m) {
+          const Vec x = Product::broadcast(a.data + m * a.row + k * a.step);
+          at[m][n] = Product::multiply_add((Vec)((IntVec)x & bits), row, at[m][n]);
         });
       });
   }

@@ -1,6 +1,9 @@
 """The C++ kernels for CPUs: every type and option, forward and backward, on the vectors of whatever instruction set the machine has.
 
-The compiled module takes addresses and strides, so that it needs no torch to build, and copies no tensor.
+The compiled module takes addresses and strides, so that it needs no torch to build, and copies no tensor. It computes in
+base 2, with two limits in float32. Finite biases beyond 2.0e38 count as 2.0e38, finite sinks and scales beyond 2.3e38 as 2.3e38,
+and lse is that of these numbers. And lse is rounded, so that the backward pass has weights off by a factor of exp(|lse| / 1.6e7),
+though never above 1: of a row with an lse near 1e7 or beyond, however it came about, the gradients are no more than finite.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from .problem import AttentionOutput, Gradients, Problem, empty_output
 # A forked child inherits OpenMP's pool without its threads, and would wait for them for ever.
 _PROCESS = os.getpid()
 VECTOR = 16  # float32 numbers in the widest one
+PARTIAL_SUMS = 1024
 
 
 class CpuBackend:
@@ -90,15 +94,22 @@ def _zeros(bias: Tensor | None, problem: Problem) -> Tensor | None:
 def _slope_gradient(by_member: Tensor | None, slopes: Tensor | None) -> Tensor | None:
     if by_member is None or slopes is None:
         return None
-    return (by_member if slopes.dim() == 2 else by_member.sum(0)).to(slopes.dtype)
+    return (by_member if slopes.dim() == 2 else _sum_rows(by_member)).to(slopes.dtype)
 
 
 def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor | None) -> Tensor | None:
     """The sink's probability times (0 - delta), summed over its head: it has no value row."""
     if sinks is None or delta is None:
         return None
-    weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.to(lse.dtype)[:, None] - lse))
-    return -(weights * delta).transpose(-2, -1).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+    # No probability is above 1, however lse was rounded.
+    weights = torch.where(lse == -torch.inf, 0.0, torch.exp((sinks.to(lse.dtype)[:, None] - lse).clamp(max=0.0)))
+    return -_sum_rows((weights * delta).transpose(-2, -1).reshape(-1, sinks.shape[0])).to(sinks.dtype)
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    """The sum over the rows of a matrix, in an order that no number of threads changes: PyTorch splits a large sum with one result."""
+    padded: Tensor = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % PARTIAL_SUMS))
+    return padded.reshape(padded.shape[0] // PARTIAL_SUMS, PARTIAL_SUMS, x.shape[1]).sum(0).sum(0)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,10 +1,12 @@
 """Who would compute a call of `attention`, or every such call inside a module, and why not the others.
 
-A module is run on fake tensors, which have shapes, dtypes and devices but no data: nothing is computed, and no state changes.
+A copy of a module is run on fake tensors, which have shapes, dtypes and devices but no data: nothing is computed, and no state changes.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, overload
@@ -32,9 +34,10 @@ def explain(q: Tensor | nn.Module, *inputs: Any, **options: Any) -> Explanation 
     With a module in place of q, and what it is called with, the same of every attention call that it would make: a dict by the name
     of the submodule that makes it, "name (call 2)" if it makes another. Submodules that call torch's attention are not in it. A
     causal mask counts as any mask, for its values are not read: is_causal=True explains the call that stacks make of it.
+    It is a copy of the module that runs, so what forward keeps in attributes stays as it was; hooks run, and see tensors without data.
 
     Raises:
-        NotImplementedError: the module reads values of tensors, which there are none of.
+        NotImplementedError: the module reads values of tensors, which there are none of, or cannot be copied.
         Otherwise what the call itself would raise.
     """
     if isinstance(q, nn.Module):
@@ -47,20 +50,32 @@ def _explain_module(module: nn.Module, inputs: tuple[Any, ...], options: dict[st
 
     if any(isinstance(x, Tensor) and x.is_nested for x in tree_leaves((inputs, options))):
         raise NotImplementedError("explain of a module takes no nested tensors, which cannot be without data: pass padded ones and a mask")
+    replica = _replica(module)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {**dict(replica.named_parameters()), **dict(replica.named_buffers())}
     state, inputs, options = tree_map_only(Tensor, fakes.from_tensor, (state, inputs, options))
-    with _names_of_running_modules(module) as running:
+    with _names_of_running_modules(module, replica) as running:
         record = _Record(running)
         try:
             with fakes, record:
-                torch.func.functional_call(module, state, inputs, options)
+                torch.func.functional_call(replica, state, inputs, options)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NotImplementedError(
                 f"explain runs {type(module).__name__} without data, and {running[-1] or 'the model itself'} reads values of a tensor "
                 f"({error.func}), as torch's encoder does of its masks: replace_modules first, or explain its submodules"
             ) from error
     return record.found
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """A copy that shares every tensor with the module, so that it costs no memory, and nothing else that forward could assign to."""
+    tensors = [x for each in module.modules() for x in tree_leaves(vars(each)) if isinstance(x, Tensor)]
+    try:
+        return copy.deepcopy(module, {id(x): x for x in tensors})
+    except Exception as error:  # whatever a user's objects raise when copied
+        raise NotImplementedError(
+            f"explain runs a copy of {type(module).__name__}, which cannot be copied ({error}): explain its submodules"
+        ) from error
 
 
 class _Record(TorchDispatchMode):
@@ -85,16 +100,23 @@ class _Record(TorchDispatchMode):
 
 
 @contextmanager
-def _names_of_running_modules(module: nn.Module) -> Iterator[list[str]]:
-    """The names of the submodules whose forward is running, the innermost last; hooks for all modules leave each module's own alone."""
-    names = {id(submodule): name for name, submodule in module.named_modules()}
+def _names_of_running_modules(*copies: nn.Module) -> Iterator[list[str]]:
+    """The names of the submodules whose forward is running in this thread, the innermost last.
+
+    The names are those of any copy, as a forward assigned to an instance may hold the original. Hooks for all modules leave each
+    module's own alone, and hear the modules of other threads, which are none of ours.
+    """
+    names = {id(submodule): name for module in copies for name, submodule in module.named_modules()}
+    thread = threading.get_ident()
     running: list[str] = []
 
     def enter(submodule: nn.Module, _: Any) -> None:
-        running.append(names.get(id(submodule), running[-1] if running else ""))
+        if threading.get_ident() == thread:
+            running.append(names.get(id(submodule), running[-1] if running else ""))
 
     def leave(submodule: nn.Module, _: Any, output: Any) -> None:
-        running.pop()
+        if threading.get_ident() == thread:
+            running.pop()
 
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),

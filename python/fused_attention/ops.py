@@ -6,8 +6,6 @@ derivative of backward, and forward-mode derivatives, come from blockwise.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from . import blockwise, second_derivative
 from .backend import KERNELS
 from .batching import batched
-from .problem import ORDINARY, AttentionOutput, Gradients, Layout, Problem, empty_output
+from .listeners import unheard
+from .problem import AttentionOutput, Gradients, Layout, Problem, empty_output
 
 OPTIONS = (
     "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, Tensor? kv_lengths, Tensor? offsets, Tensor? dropout_seed, "
@@ -39,13 +38,14 @@ backward_op = torch.ops.fused_attention.backward.default
 
 Arguments = tuple[Any, ...]  # of forward_op; [3:] of it are the options
 TENSORS = 12  # the arguments before the scalars
+FIRST_OPTION = Problem._fields.index("window_left")
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> AttentionOutput:
     """out and lse of a checked problem on a chosen kernel backend, under whatever transform is active."""
     if torch.compiler.is_compiling():
         return AttentionOutput(*forward_op(q, k, v, *_options(problem), backend))
-    if not problem.gradients and unheard(q, k, v, problem):
+    if not problem.gradients and unheard(q, k, v, *problem[FIRST_OPTION:]):
         return KERNELS[backend].forward(q, k, v, problem)
     arguments = (q, k, v, *_options(problem), backend)
     if forward_ad._current_level >= 0 or _levels("Jvp") or _levels("Grad") > 1:
@@ -53,36 +53,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> Atte
     if torch._C._are_functorch_transforms_active():
         return AttentionOutput(*TransformedAttention.apply(*arguments))  # type: ignore[no-untyped-call]
     return AttentionOutput(*forward_op(*arguments))
-
-
-def unheard(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> bool:
-    """Whether nobody but the kernel would notice the operator: then its dispatch, a good part of a short call's time, can be left out.
-
-    Whoever would is seen in dispatch keys (wrappers, tracers, modes, views that negate), or by its own switch.
-    """
-    if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled or torch._C._is_torch_function_mode_enabled():
-        return False
-    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~QUIET:
-        return False
-    special = ~PLAIN.get(q.device.type, 0)
-    # A loop takes half the time of any().
-    for x in (q, k, v, *problem[FIRST_OPTION:]):
-        if isinstance(x, Tensor) and (type(x) not in ORDINARY or torch._C._dispatch_keys(x).raw_repr() & special):
-            return False
-    return True
-
-
-def _key_set(*keys: str) -> int:
-    return int(functools.reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr() for key in keys)))
-
-
-# What the keys of a tensor, and of a thread, are where nothing is special about it.
-PLAIN = {
-    "cpu": _key_set("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView"),
-    "cuda": _key_set("CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView"),
-}
-QUIET = _key_set("BackendSelect", "ADInplaceOrView")
-FIRST_OPTION = Problem._fields.index("window_left")
 
 
 def _levels(kind: str) -> int:

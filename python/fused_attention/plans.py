@@ -5,6 +5,7 @@ facts of q, k, v and of every option, and which gradients are needed  ->  proble
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .backend import choose
 from .problem import ORDINARY, Problem
 from .validation import check
 
+SCALARS = frozenset((bool, int, float, NoneType))
 MOST = 4096  # plans, with ever new lengths; then they are made anew
 
 
@@ -53,10 +55,10 @@ def forget() -> None:
 def _remember(key: tuple[Any, ...], made: Plan, options: dict[str, Any]) -> None:
     if len(_remembered) >= MOST:
         forget()
-    facts = made.problem._asdict()
+    # A field bears the name of its option, but for the keys of packed sequences, which default to the queries'.
     tensors = tuple(
-        (field, next(name for name, option in options.items() if option is value))
-        for field, value in facts.items()
+        (field, field if field in options else "cu_seqlens_q")
+        for field, value in made.problem._asdict().items()
         if isinstance(value, Tensor)
     )
     nothing: dict[str, Any] = {field: None for field, _ in tensors}
@@ -75,6 +77,10 @@ def _key(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str 
             kind = type(value)  # True equals 1, and the checks tell them apart
             if kind in ORDINARY:
                 value = (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+            elif kind is tuple:
+                value = (*map(type, value), *value)
+            elif kind not in SCALARS:  # a tensor's subclass, say, which the key would keep alive
+                return None
             given += (name, kind, value)
         key = tuple(given)
         hash(key)

@@ -169,11 +169,11 @@ def test_a_rehearsal_runs_from_beginning_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rehearsal_fails_where_a_backend_does(tmp_path: Path) -> None:
-    """The cpu backend has no bfloat16, which the GPU's tests ask for."""
-    status, output, content = rehearse(tmp_path, "cpu")
+    """The cuda backend cannot compute CPU tensors."""
+    status, output, content = rehearse(tmp_path, "cuda")
     assert status == 1, output
     assert "wrong: sizes" in output
-    assert any("cpu backend computes torch.float32 only" in failure for failure in content["steps"]["sizes"]["failures"])
+    assert any("backend='cuda' can't run this call" in failure for failure in content["steps"]["sizes"]["failures"])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "column", "offset"])

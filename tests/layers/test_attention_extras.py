@@ -117,6 +117,15 @@ def test_lower_precision_and_autocast(dtype):
     assert (out.double() - truth).abs().max() < error
 
 
+def test_autocast_leaves_float64_alone():
+    module, operands = build(EXTRAS["all"]), sequences(build(EXTRAS["all"]), cross=True)
+    expected = module(*operands)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(module(*operands), expected, rtol=0, atol=0)
+        with pytest.raises(TypeError, match=r"attn_mask is torch\.float32 .*expected .* masks of bool or that dtype"):
+            module(*operands, attn_mask=torch.zeros(QUERIES, KEYS))
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_empty_sequences_and_batches(name):
     module = build(EXTRAS["all"])

@@ -71,7 +71,7 @@ def test_without_extras_nothing_is_drawn_or_added():
         assert torch.equal(torch.get_rng_state(), state)
         assert vars(ours).keys() == vars(stock).keys()
         torch.testing.assert_close(ours.state_dict(), stock.state_dict(), rtol=0, atol=0)
-        assert ours.extras is None
+        assert ours._fused_extras is None
         assert repr(ours).replace("MultiHeadAttention", "MultiheadAttention") == repr(stock)
 
 

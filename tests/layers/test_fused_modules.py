@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -199,7 +202,46 @@ def test_a_patched_class_runs(monkeypatch: pytest.MonkeyPatch, kernels: list[str
     torch.testing.assert_close(fused.linear_of(module.linear1, normal(3, WIDTH)), module.linear1(normal(3, WIDTH)))
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.gelu, F.silu, torch.tanh, nn.GELU(), nn.PReLU()], ids=str)
+def test_a_class_patched_before_the_import_runs(monkeypatch: pytest.MonkeyPatch, kernels: list[str]) -> None:
+    stock = nn.Linear.forward
+
+    @functools.wraps(stock)  # takes over the names of the module and of the function
+    def wrapped(self: nn.Linear, x: Tensor) -> Tensor:
+        return stock(self, x) + 1.0
+
+    classes = tuple(fused.FORWARDS)
+    assert nn.Linear in classes
+    monkeypatch.setattr(nn.Linear, "forward", wrapped)
+    found = fused.own_forwards(*classes)
+    assert set(found) == {nn.LayerNorm, fused.RMSNorm}
+    monkeypatch.setattr(fused, "FORWARDS", found)
+    module = layer()
+    torch.testing.assert_close(fused.linear_of(module.linear1, normal(3, WIDTH)), module.linear1(normal(3, WIDTH)))
+
+
+def test_weights_that_are_not_dense_stay_with_pytorch(kernels: list[str]) -> None:
+    linear = nn.Linear(WIDTH, WIDTH)
+    want = linear(normal(3, WIDTH))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls the layout a beta
+        linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.linear_of(linear, normal(3, WIDTH)), want, rtol=1e-4, atol=1e-5)
+    assert choice.kernel_for(normal(3, WIDTH), linear.weight) is None
+    assert not choice.untouched(normal(3, WIDTH), linear.weight)
+
+
+@dataclasses.dataclass
+class Scaled:
+    """An activation that equals others of its factor, and so has no hash."""
+
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu(x) * self.factor
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, F.silu, torch.tanh, nn.GELU(), nn.PReLU(), Scaled(2.0)], ids=str)
 def test_activations(activation: Any, kernels: list[str]) -> None:
     """A module for an activation is called, and so is a function that no kernel has."""
     ours = layer(activation=activation)

@@ -88,6 +88,18 @@ def test_each_part_has_a_bias_of_its_own(cls, bias, part):
             assert (name in layer.state_dict()) == (bias != changed), name
 
 
+@pytest.mark.parametrize("cls", [TransformerLayer, TransformerDecoderLayer])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm_bias", [True, False, None])
+def test_norms_of_heads_have_the_biases_of_the_other_norms(cls, bias, norm_bias):
+    layer = build({"bias": bias, "norm_bias": norm_bias, "qk_norm": "layer"}, cls)
+    biased = {name.rpartition(".")[0] for name, _ in layer.named_parameters() if name.endswith("norm.bias") or "norm1.bias" in name}
+    attentions = ["self_attn"] if cls is TransformerLayer else ["self_attn", "multihead_attn"]
+    norms = {"norm1", *(f"{name}.{part}_norm" for name in attentions for part in "qk")}
+    assert biased == (norms if (bias if norm_bias is None else norm_bias) else set())
+    assert layer.self_attn.q_norm.eps == layer.norm1.eps
+
+
 @decoders
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_decoder_layer_is_the_definition(options, causal):
@@ -119,10 +131,10 @@ def test_a_decoder_layer_is_the_definition(options, causal):
 
 def test_cross_attention_has_no_positions():
     layer = build(DECODERS["attention with positions"], TransformerDecoderLayer)
-    assert layer.self_attn.extras.given() == {**DECODERS["attention with positions"]}
-    assert layer.multihead_attn.extras.given() == {"softcap": 2.0, "sinks": True}
+    assert layer.self_attn._fused_extras.given() == {**DECODERS["attention with positions"]}
+    assert layer.multihead_attn._fused_extras.given() == {"softcap": 2.0, "sinks": True}
     alone = build({"rotary": Rotary()}, TransformerDecoderLayer)
-    assert alone.multihead_attn.extras is None
+    assert alone.multihead_attn._fused_extras is None
 
 
 def test_norms_of_heads_use_the_layers_eps():

@@ -1,12 +1,23 @@
 """explain of a module: each attention call inside it, by submodule, with nothing computed and nothing changed."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from fused_attention import Explanation, Transformer, TransformerLayer, attention, backend, backends, explain, replace_modules
+from fused_attention import (
+    Explanation,
+    MultiHeadAttention,
+    Transformer,
+    TransformerLayer,
+    attention,
+    backend,
+    backends,
+    explain,
+    replace_modules,
+)
 
 D_MODEL, HEADS, BATCH, SEQLEN = 64, 2, 2, 5
 
@@ -89,6 +100,91 @@ def test_nothing_runs_and_nothing_changes():
     before = torch.get_rng_state()
     explain(network, sequence())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Caching(nn.Module):
+    """Keeps in attributes what it makes at its first call, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = MultiHeadAttention(D_MODEL, HEADS, batch_first=True)
+        self.positions, self.tables, self.calls = None, {}, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.positions is None:
+            self.positions = self.tables["positions"] = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        return self.attention(x + self.positions, x, x)[0]
+
+
+def test_what_a_forward_keeps_in_attributes_stays_as_it_was():
+    network = Caching()
+    assert list(explain(network, sequence())) == ["attention"]
+    assert (network.positions, network.tables, network.calls) == (None, {}, 0)
+    assert type(network(sequence())) is torch.Tensor
+    kept = network.positions
+    explain(network, sequence())
+    assert (network.positions is kept, network.calls) == (True, 1)
+
+
+def test_a_forward_assigned_to_an_instance_is_named_though_it_holds_the_original():
+    outer = nn.Sequential(TransformerLayer(D_MODEL, HEADS, batch_first=True))
+    layer = outer[0]
+    layer.forward = lambda x: TransformerLayer.forward(layer, x)
+    assert list(explain(outer, sequence())) == ["0.self_attn"]
+
+
+def test_what_cannot_be_copied_is_refused_in_a_sentence():
+    layer = TransformerLayer(D_MODEL, HEADS, batch_first=True)
+    layer.lock = threading.Lock()
+    with pytest.raises(NotImplementedError, match=r"explain runs a copy of TransformerLayer, which cannot be copied \(.*lock.*\): explain"):
+        explain(layer, sequence())
+    layer.lock, layer.product = None, layer.linear1.weight * 2  # a tensor that deepcopy refuses
+    assert list(explain(layer, sequence())) == ["self_attn"]
+
+
+def test_modules_of_other_threads_are_none_of_its():
+    """One begins before the call and ends inside it, another the other way round."""
+    began, end, ended = threading.Event(), threading.Event(), []
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = nn.Identity()
+
+        def forward(self, q):
+            q = self.child(q)
+            return attention(q, q, q)
+
+    class Waiting(nn.Module):
+        def forward(self, x):
+            began.set()
+            end.wait(30)
+            return x
+
+    def run():
+        module = Waiting()
+        module.register_forward_hook(lambda *_: None)  # with hooks of its own, a call that has begun looks for those of all modules too
+        ended.append(module(1))
+
+    def finish_one_and_begin_another(*_):
+        end.set()
+        threads[0].join()
+        end.clear()
+        began.clear()
+        threads[1].start()
+        began.wait(30)
+
+    threads = [threading.Thread(target=run), threading.Thread(target=run)]
+    threads[0].start()
+    began.wait(30)
+    outer = Outer()
+    outer.child.register_forward_pre_hook(finish_one_and_begin_another)
+    found = explain(outer, torch.zeros(BATCH, HEADS, SEQLEN, 4))
+    end.set()
+    threads[1].join()
+    assert list(found) == [""]
+    assert ended == [1, 1]
 
 
 def test_other_modules_that_call_attention_and_calls_that_repeat():

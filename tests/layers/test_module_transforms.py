@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from fused_attention.layers import MultiHeadAttention, TransformerLayer
+from fused_attention.layers import MultiHeadAttention, TransformerLayer, replace_modules, restore_modules
 
 EMBED_DIM, HEADS, BATCH, SEQLEN = 8, 2, 3, 5
 
@@ -185,11 +185,15 @@ def test_second_derivatives_against_differences(need_weights):
 
 
 def test_hooks_see_torchs_arguments():
-    _, ours = build_pair()
+    """By position and by keyword, in front and behind."""
     seen = []
-    ours.register_forward_hook(lambda module, args, output: seen.append((len(args), type(output), len(output))))
-    ours(*(sequence(),) * 3)
-    assert seen == [(3, tuple, 2)]
+    for module in build_pair():
+        module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        module.register_forward_hook(lambda _, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True)
+        module(*(sequence(),) * 3, attn_mask=later(), key_padding_mask=padding(), average_attn_weights=False)
+    front, behind, *ours = seen
+    torch.testing.assert_close(ours, [front, behind])
+    assert [list(kwargs) for _, kwargs, *_ in ours] == [list(front[1])] * 2
 
 
 def test_parametrisation_of_both_projections():
@@ -241,3 +245,36 @@ def test_the_modules_survive_being_put_in_torchs_place(monkeypatch):
     layer(sequence(torch.float32), src_mask=later())
     with pytest.raises(AssertionError, match="embedding dimension"):
         nn.MultiheadAttention(EMBED_DIM, HEADS)(*(torch.zeros(2, 2, 9),) * 3)
+
+
+@pytest.mark.parametrize("kind", ["attention", "layer"])
+def test_deviation_torch_fx_enters_our_modules(kind):
+    """It keeps the classes of torch.nn whole, by the name of their module; a tracer that is told so keeps ours."""
+    stock, ours = {
+        "attention": (nn.MultiheadAttention, MultiHeadAttention),
+        "layer": (nn.TransformerEncoderLayer, TransformerLayer),
+    }[kind]
+
+    class Whole(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, stock) or super().is_leaf_module(module, name)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            options = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+            self.part = stock(EMBED_DIM, HEADS, **options)
+
+        def forward(self, x):
+            return self.part(x, x, x)[0] if kind == "attention" else self.part(x)
+
+    model = Model()
+    expected = model(sequence())
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(sequence()), expected)
+    replace_modules(model)
+    assert type(model.part) is ours
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(torch.fx.GraphModule(model, Whole().trace(model))(sequence()), expected)
+    restore_modules(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(sequence()), expected)

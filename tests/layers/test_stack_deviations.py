@@ -192,3 +192,20 @@ def test_deviation_exported_stacks_take_causal_masks():
     torch.testing.assert_close(torch.export.export(ours, call).module()(*call), stock.train()(*call))
     with pytest.raises(Exception, match=r"data-dependent|Could not guard"):
         torch.export.export(stock.eval(), call, strict=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_deviation_hooks_on_the_attention_see_bool_masks_or_the_hint(causal):
+    """torch's layers hand their attention floating masks, and the hint beside the mask."""
+    hidden = later(SOURCES)
+    hidden[5, 2] = not causal
+    seen = []
+    for model in build_pair():
+        model.encoder.layers[0].self_attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        model.encoder(sequence(SOURCES), mask=hidden, src_key_padding_mask=padding())
+    stock, ours = seen
+    assert list(stock) == list(ours)
+    assert stock["attn_mask"].dtype is stock["key_padding_mask"].dtype is torch.float64
+    assert ours["key_padding_mask"].dtype is torch.bool
+    assert stock["is_causal"] is ours["is_causal"] is causal
+    assert ours["attn_mask"] is None if causal else ours["attn_mask"].dtype is torch.bool

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from fused_attention import Transformer, TransformerDecoder, TransformerDecoderLayer, TransformerEncoder, TransformerLayer
+from fused_attention import (
+    MultiHeadAttention,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerLayer,
+)
 
 D_MODEL, HEADS, HIDDEN, BATCH, SOURCES = 8, 2, 16, 3, 7
 
@@ -119,9 +126,28 @@ class Forwarding(TransformerLayer):
         return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
 
-@pytest.mark.parametrize(
-    "why", ["needs a gradient", "hint given", "overridden", "overridden by a class", "another forward", "another attention", "not causal"]
-)
+class ForwardingAttention(MultiHeadAttention):
+    def forward(self, *operands, **call):
+        return super().forward(*operands, **call)
+
+
+REASONS = [
+    "needs a gradient",
+    "hint given",
+    "overridden",
+    "overridden by a class",
+    "another forward",
+    "another forward of the instance",
+    "a hook in front that sees the mask",
+    "a hook behind that sees the mask",
+    "another attention",
+    "an attention of another forward",
+    "an attention of another forward of the instance",
+    "not causal",
+]
+
+
+@pytest.mark.parametrize("why", REASONS)
 def test_a_mask_that_may_matter_stays(why):
     _, ours = build_pair()
     mask, call = floating(later(SOURCES)), {}
@@ -136,11 +162,47 @@ def test_a_mask_that_may_matter_stays(why):
         ours.encoder.layers[1].__class__ = Overriding
     elif why == "another forward":
         ours.encoder.layers[1].__class__ = Forwarding
+    elif why == "another forward of the instance":
+        layer = ours.encoder.layers[1]
+        layer.forward = lambda *arguments, **options: TransformerLayer.forward(layer, *arguments, **options)
+    elif why == "a hook in front that sees the mask":
+        ours.encoder.layers[1].register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"src_mask": kwargs["src_mask"].clone()}), with_kwargs=True
+        )
+    elif why == "a hook behind that sees the mask":
+        ours.encoder.layers[1].register_forward_hook(lambda _, args, kwargs, out: out + 0 * kwargs["src_mask"].sum(), with_kwargs=True)
+    elif why == "an attention of another forward":
+        ours.encoder.layers[1].self_attn.__class__ = ForwardingAttention
+    elif why == "an attention of another forward of the instance":
+        attention = ours.encoder.layers[1].self_attn
+        attention.forward = lambda *operands, **options: MultiHeadAttention.forward(attention, *operands, **options)
     elif why == "another attention":
         ours.encoder.layers[1].self_attn.__class__ = nn.MultiheadAttention
     else:
         mask[0, 3] = 0.0
     assert all(seen is not None for seen, _ in masks_seen(ours.encoder, source(), mask=mask, **call))
+
+
+@pytest.mark.parametrize("kind", ["layer", "attention", "class of the attention"])
+def test_a_forward_of_ones_own_gets_torchs_form_of_the_mask(kind):
+    seen = []
+    for stack in build_pair():
+        layer = stack.encoder.layers[0]
+        if kind == "layer":
+            layer.forward = lambda src, src_mask, is_causal, src_key_padding_mask: seen.append((src_mask, src_key_padding_mask)) or src
+        else:
+            attention = layer.self_attn
+
+            def forward(self, query, key, value, attn_mask, key_padding_mask, **call):
+                seen.append((attn_mask, key_padding_mask))
+                return query, None
+
+            if kind == "attention":
+                attention.forward = lambda *operands, **call: forward(None, *operands, **call)
+            else:
+                attention.__class__ = type("Mine", (type(attention),), {"forward": forward})
+        stack.encoder(source(), mask=later(SOURCES), src_key_padding_mask=padding(SOURCES))
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
 
 
 def test_layers_of_every_kind_stand_in_our_stack():

@@ -161,16 +161,18 @@ def test_bool_masks_reach_the_attention_as_bool():
 
 
 def test_another_attention_gets_torchs_form_of_the_masks():
-    class Attention(nn.MultiheadAttention):
-        def forward(self, query, key, value, attn_mask=None, **call):
-            assert attn_mask.dtype is torch.float64
-            return super().forward(query, key, value, attn_mask=attn_mask, **call)
+    for base in (nn.MultiheadAttention, MultiHeadAttention):
 
-    stock, ours = build_pair({"batch_first": True})
-    attention = Attention(D_MODEL, HEADS, batch_first=True, dtype=torch.float64)
-    attention.load_state_dict(stock.self_attn.state_dict())
-    ours.self_attn = attention
-    torch.testing.assert_close(ours(source(ours), src_mask=later()), stock(source(ours), src_mask=later()))
+        class Attention(base):
+            def forward(self, query, key, value, attn_mask=None, **call):
+                assert attn_mask.dtype is torch.float64
+                return super().forward(query, key, value, attn_mask=attn_mask, **call)
+
+        stock, ours = build_pair({"batch_first": True})
+        attention = Attention(D_MODEL, HEADS, batch_first=True, dtype=torch.float64)
+        attention.load_state_dict(stock.self_attn.state_dict())
+        ours.self_attn = attention
+        torch.testing.assert_close(ours(source(ours), src_mask=later()), stock(source(ours), src_mask=later()))
 
 
 def test_hooks_on_every_child_fire_once():

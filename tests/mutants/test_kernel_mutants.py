@@ -22,7 +22,7 @@ PACKAGE = ROOT / "python" / "fused_attention"
 # Of a mask, the tiles it hides, a range of tiles, a rescaling, an address, a gradient and the host.
 FEW = (
     "visible-right-off-by-one",
-    "lists-of-everything",
+    "turns-past-the-range",
     "keys-full-right-off-by-one",
     "acc-not-rescaled",
     "columns-taken-for-contiguous",

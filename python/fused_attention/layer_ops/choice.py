@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_attention.cpu_backend import CpuBackend
+from fused_attention.listeners import unheard
 from fused_attention.triton_backend import TritonBackend
 
 Kernel = Literal["cpu", "triton"]
@@ -36,8 +37,9 @@ def kernel_for(*given: Tensor | None) -> Kernel | None:
 def untouched(*given: Tensor | None) -> bool:
     """Whether all are plain dense tensors of one type on one device, and nothing is on that only plain PyTorch can go through."""
     first, *others = (tensor for tensor in given if tensor is not None)
-    alike = all(type(x) in PLAIN and x.dtype is first.dtype and x.device == first.device for x in (first, *others))
-    return alike and first.layout is torch.strided and not first.is_nested and not _transformed(first.device.type)
+    dense = all(type(x) in PLAIN and x.layout is torch.strided and not x.is_nested for x in (first, *others))
+    alike = all(x.dtype is first.dtype and x.device == first.device for x in others)
+    return dense and alike and not _transformed(first.device.type)
 
 
 PLAIN = (Tensor, torch.nn.Parameter)  # a subclass has its own idea of what an operation means
@@ -48,12 +50,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def heard(*tensors: Tensor | None) -> bool:
-    """Whether anybody but the kernel would notice the operator: else its dispatch, half the time of a short call, can be left out."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled():
-        return True
-    if torch.autograd.profiler._is_profiler_enabled or needs_gradient(*tensors):
-        return True
-    return any(tensor is not None and tensor.is_neg() for tensor in tensors)  # a negation that the dispatch carries out
+    """Whether the operator is needed: by a compiler, for a gradient, or by anybody else but the kernel who would notice it."""
+    return torch.compiler.is_compiling() or needs_gradient(*tensors) or not unheard(*tensors)
 
 
 def _transformed(device_type: str) -> bool:

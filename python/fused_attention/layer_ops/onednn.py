@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .choice import needs_gradient, untouched
+from .choice import heard, untouched
 
 # The names of oneDNN's: of the activation, and of its algorithm.
 NAMES = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
@@ -22,7 +22,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     """Whether the operator computes this call; it has no derivative, and compilers choose it by themselves."""
     if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or activation not in NAMES or torch.compiler.is_compiling():
         return False
-    if not untouched(x, weight, bias) or needs_gradient(x, weight, bias) or torch._C._len_torch_dispatch_stack():
+    if not untouched(x, weight, bias) or heard(x, weight, bias):
         return False
     if weight.dim() != 2 or (bias is None and activation is None) or 2 * x.numel() * weight.shape[0] < LEAST_FLOPS:
         return False
@@ -32,6 +32,8 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """act(x weight' + bias); x: (..., in)."""
     name, algorithm = NAMES[activation]
+    if bias is not None:
+        bias = bias.contiguous()  # whose stride it does not ask for
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
     return out
 

@@ -31,7 +31,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in
     kernel = kernel_for(x, cos, sin) or (kernel_for(x) if kernel_for(cos, sin) == "triton" else None)
     if kernel is None or needs_gradient(cos, sin) or (kernel == "triton" and cos.dim() == 3):
         return plain_rotate(x, cos, sin, interleaved, inverse)
-    out: Tensor = (rotate_op if heard(x) else _rotate)(x, cos, sin, interleaved, inverse)
+    out: Tensor = (rotate_op if heard(x, cos, sin) else _rotate)(x, cos, sin, interleaved, inverse)
     return out
 
 

@@ -14,8 +14,12 @@ def can_attend(
     key_padding_mask: Tensor | None,
     need_weights: bool,
     attn_mask: Tensor | None,
+    served: bool,
 ) -> bool:
-    """Whether torch accepts the call and `attention` can take it: the one check of the inputs."""
+    """Whether torch accepts the call and `attention` can take it: the one check of the inputs.
+
+    served says that the module calls `attention` with autocast disabled where inputs are float64, which torch has to judge otherwise.
+    """
     dims = query.dim()
     if query.is_nested or key.is_nested or value.is_nested or dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
         return False
@@ -43,9 +47,9 @@ def can_attend(
     weight = module.in_proj_weight if module._qkv_same_embed_dim else module.q_proj_weight
     dtype = query.dtype
     alike = dtype == key.dtype == value.dtype == weight.dtype == (weight if module.in_proj_bias is None else module.in_proj_bias).dtype
-    if not (dtype.is_floating_point and alike) and not _autocasts(query):
+    if not (dtype.is_floating_point and alike) and not autocasts(query):
         return False
-    if dtype is torch.float64 and _autocasts(query):  # autocast leaves torch's linear layers in float64, and would not leave attention
+    if dtype is torch.float64 and autocasts(query) and not (alike and served):  # autocast would leave linear layers, not attention
         return False
     return all(mask is None or _mask_fits(mask, query, need_weights) for mask in (attn_mask, key_padding_mask))
 
@@ -99,7 +103,7 @@ def refuse_call(
     )
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     device_type = x.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
@@ -111,4 +115,4 @@ def _mask_fits(mask: Tensor, query: Tensor, need_weights: bool) -> bool:
         return True
     # torch adds fp32 masks to half precision scores only where its fused kernels do the addition.
     fused = mask.dtype is torch.float32 and query.dtype in (torch.float16, torch.bfloat16) and not need_weights
-    return mask.is_floating_point() and (fused or _autocasts(query))
+    return mask.is_floating_point() and (fused or (autocasts(query) and query.dtype is not torch.float64))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .extras import AttentionExtras, AttentionOptions
+from .extras import AttentionExtras, AttentionOptions, norm_of_heads
 from .multihead import MultiHeadAttention
 from .norms import RMSNorm
 
@@ -59,27 +59,31 @@ def add_extras(layer: Any, extras: LayerExtras, options: AttentionOptions, eps: 
     if attention.given():
         if attention.qk_norm is not None and "qk_norm_eps" not in options:
             attention = replace(attention, qk_norm_eps=eps)
-        layer.self_attn = _attention(layer.self_attn, attention.given())
+        layer.self_attn = _attention(layer.self_attn, attention.given(), extras.norm_bias)
         if isinstance(layer, nn.TransformerDecoderLayer):
-            layer.multihead_attn = _attention(layer.multihead_attn, attention.without_positions())
+            layer.multihead_attn = _attention(layer.multihead_attn, attention.without_positions(), extras.norm_bias)
     if extras.given():
-        layer.extras = extras
+        layer._fused_extras = extras
         _rebuild(layer, extras, eps)
     if isinstance(layer, nn.TransformerEncoderLayer) and (attention.given() or extras.given()):
         layer.activation_relu_or_gelu = 0  # torch's stacks then make no nested tensor, which only its native operator takes
 
 
-def _attention(stock: nn.MultiheadAttention, options: dict[str, Any]) -> MultiHeadAttention:
-    return MultiHeadAttention(
+def _attention(stock: nn.MultiheadAttention, options: dict[str, Any], norm_bias: bool | None) -> MultiHeadAttention:
+    new: dict[str, Any] = {"device": stock.out_proj.weight.device, "dtype": stock.out_proj.weight.dtype}
+    attention = MultiHeadAttention(
         stock.embed_dim,
         stock.num_heads,
         stock.dropout,
         stock.in_proj_bias is not None,
         batch_first=stock.batch_first,
-        device=stock.out_proj.weight.device,
-        dtype=stock.out_proj.weight.dtype,
+        **new,
         **options,
     )
+    extras = attention._fused_extras
+    if extras is not None and extras.qk_norm is not None and norm_bias is not None:
+        attention.q_norm, attention.k_norm = (norm_of_heads(extras, attention.head_dim, norm_bias, new) for _ in range(2))
+    return attention
 
 
 def _rebuild(layer: Any, extras: LayerExtras, eps: float) -> None:

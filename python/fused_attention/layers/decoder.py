@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import LayerExtras, add_extras
-from .extras import AttentionOptions, refuse_script
+from .extras import AttentionOptions, refuse_script, refuse_unknown
 from .fused import add_norm_of, feed_forward
 from .gated import GATED, gated_name
 from .multihead import MultiHeadAttention
@@ -34,7 +34,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     `attention`, rotary, window and alibi are the self-attention's alone: a target has no distance to a position of the memory.
     """
 
-    extras: LayerExtras | None = None  # of the class: a layer whose class was changed has not run __init__
+    # Of the class, as a layer whose class was changed has not run __init__; a name that users do not give their own attributes.
+    _fused_extras: LayerExtras | None = None
     after1: nn.Module
     after2: nn.Module
     after3: nn.Module
@@ -61,6 +62,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     ) -> None:
         extras = LayerExtras(norm, sandwich, None, ff_bias, norm_bias, gated_name(activation))
         extras.check(norm_first)
+        refuse_unknown(type(self), attention)
         stock = activation if extras.activation is None else GATED[extras.activation]
         super().__init__(d_model, nhead, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # By class: further modules would draw from the generator, and the same seed must give the same weights as torch's layer.
@@ -86,7 +88,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         tgt_key_padding_mask, memory_key_padding_mask: (batch, seqlen) or (seqlen,). Masks are bool, True hides, or floating, added.
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            extras = self.extras
+            extras = self._fused_extras
             if extras is not None and extras.sandwich:
                 x: Tensor = tgt + self.after1(self._sa_block(self.norm1(tgt), tgt_mask, tgt_key_padding_mask, tgt_is_causal))
                 normed = self.norm2(x)
@@ -130,5 +132,5 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return self.norm3(summed), summed
 
     def __prepare_scriptable__(self) -> nn.Module:
-        refuse_script(self, self.extras)
+        refuse_script(self, self._fused_extras)
         return self

@@ -90,6 +90,17 @@ class AttentionOptions(TypedDict, total=False):
     out_bias: bool | None
 
 
+def refuse_unknown(layer: type[nn.Module], options: AttentionOptions) -> None:
+    """A TypeError in Python's words, with the layer's name, for keywords of neither the layer nor its attention."""
+    for name in options:
+        if name not in AttentionOptions.__annotations__:
+            known = ", ".join(AttentionOptions.__annotations__)
+            raise TypeError(
+                f"{layer.__name__}.__init__() got an unexpected keyword argument {name!r}: "
+                f"expected one in the signature of {layer.__name__}, or of its attention ({known})"
+            )
+
+
 def add_parameters(module: nn.MultiheadAttention, extras: AttentionExtras) -> None:
     """Gives a module just built as torch's the parameters of its extras, uninitialised: `reset_parameters` is next."""
     weight = module.out_proj.weight
@@ -114,9 +125,19 @@ def add_parameters(module: nn.MultiheadAttention, extras: AttentionExtras) -> No
     if extras.sinks:
         module.sinks = nn.Parameter(torch.empty(module.num_heads, **new))
     if extras.qk_norm is not None:
-        norm = RMSNorm if extras.qk_norm == "rms" else nn.LayerNorm
-        module.q_norm = norm(head_dim, eps=extras.qk_norm_eps, **new)
-        module.k_norm = norm(head_dim, eps=extras.qk_norm_eps, **new)
+        module.q_norm, module.k_norm = (norm_of_heads(extras, head_dim, biased, new) for _ in range(2))
+    module.register_forward_pre_hook(keeps_native_operators_out)
+
+
+def keeps_native_operators_out(module: nn.Module, inputs: Any) -> None:
+    """Does nothing: torch's layers call an attention that has hooks; the weights of others go to operators that know no extras."""
+
+
+def norm_of_heads(extras: AttentionExtras, head_dim: int, bias: bool, new: dict[str, Any]) -> nn.Module:
+    """One norm of head_dim, by qk_norm and qk_norm_eps; bias is LayerNorm's alone."""
+    if extras.qk_norm == "rms":
+        return RMSNorm(head_dim, eps=extras.qk_norm_eps, **new)
+    return nn.LayerNorm(head_dim, eps=extras.qk_norm_eps, bias=bias, **new)
 
 
 def reset_parameters(module: nn.MultiheadAttention, extras: AttentionExtras) -> None:

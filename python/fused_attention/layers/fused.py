@@ -8,6 +8,7 @@ forward of its own.
 """
 
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from fused_attention.layer_ops import add_norm, linear
 from .gated import GATED
 from .norms import RMSNorm
 
-# As they were at import: some libraries put another forward into torch's classes.
-FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
-    each: each.forward for each in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, RMSNorm)
-}
+
+def own_forwards(*classes: type[nn.Module]) -> dict[type[nn.Module], Callable[..., Any]]:
+    """The forward of each class that has the one of its own file: some libraries put another there, even before this import."""
+    # By the globals of the function: wrappers copy the name of what they wrap, and its module's.
+    return {each: each.forward for each in classes if getattr(each.forward, "__globals__", {}).get("__name__") == each.__module__}
+
+
+FORWARDS = own_forwards(nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, RMSNorm)
 ACTIVATIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 ACTIVATIONS |= {function: name for name, function in GATED.items()}
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -40,7 +46,7 @@ def feed_forward(layer: Any, x: Tensor, last: nn.Module) -> Tensor:
 def linear_of(module: nn.Module, x: Tensor, activation: Callable[..., Tensor] | None = None) -> Tensor:
     """The module's output, through the activation if one is given."""
     if isinstance(module, nn.Linear) and is_plain(module):
-        name = None if isinstance(activation, nn.Module) or activation is None else ACTIVATIONS.get(activation)
+        name = ACTIVATIONS.get(activation) if isinstance(activation, FUNCTIONS) else None  # other callables may have no hash
         out = linear(x, module.weight, module.bias, activation=name)
         return out if name is not None or activation is None else activation(out)
     out = module(x)

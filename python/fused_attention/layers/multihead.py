@@ -16,7 +16,7 @@ from fused_attention.functional import attention, attention_weights, attention_w
 from fused_attention.layer_ops import linear
 from fused_attention.rotary import Rotary
 
-from .acceptance import can_attend, refuse_call, takes_nested
+from .acceptance import autocasts, can_attend, refuse_call, takes_nested
 from .extras import AttentionExtras, add_parameters, attention_options, refuse_script, reset_parameters, turn
 from .fused import linear_of
 from .jagged import attend_jagged, takes_jagged
@@ -50,7 +50,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
     torch has nothing that computes such a module: what it cannot take is refused in our words, nested tensors and TorchScript too.
     """
 
-    extras: AttentionExtras | None = None  # of the class, as a module whose class was changed has not run __init__
+    # Of the class, as a module whose class was changed has not run __init__; a name that users do not give their own attributes.
+    _fused_extras: AttentionExtras | None = None
     q_norm: nn.Module
     k_norm: nn.Module
     sinks: nn.Parameter
@@ -85,21 +86,21 @@ class MultiHeadAttention(nn.MultiheadAttention):
         extras = AttentionExtras(num_kv_heads, rotary, qk_norm, qk_norm_eps, window, softcap, scale, sinks, alibi, qkv_bias, out_bias)
         if extras.given():
             extras.check(self)
-            self.extras = extras
+            self._fused_extras = extras
             add_parameters(self, extras)
             self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        if self.extras is None:
+        if self._fused_extras is None:
             super()._reset_parameters()
         else:
-            reset_parameters(self, self.extras)
+            reset_parameters(self, self._fused_extras)
 
     def extra_repr(self) -> str:
-        return "" if self.extras is None else ", ".join(f"{name}={value!r}" for name, value in self.extras.given().items())
+        return "" if self._fused_extras is None else ", ".join(f"{name}={value!r}" for name, value in self._fused_extras.given().items())
 
     def __prepare_scriptable__(self) -> nn.Module:
-        refuse_script(self, self.extras)
+        refuse_script(self, self._fused_extras)
         return self
 
     def forward(
@@ -162,12 +163,16 @@ class MultiHeadAttention(nn.MultiheadAttention):
             if nested and key_padding_mask is not None:
                 out = torch._nested_tensor_from_mask(out, key_padding_mask.logical_not(), False)
             return out, weights
-        if not can_attend(self, query, key, value, key_padding_mask, need_weights, attn_mask):
-            if self.extras is not None:
+        extended = self._fused_extras is not None
+        if not can_attend(self, query, key, value, key_padding_mask, need_weights, attn_mask, extended):
+            if extended:
                 refuse_call(self, query, key, value, key_padding_mask, attn_mask)
             if takes_jagged(self, query, key, value, key_padding_mask, attn_mask):
                 return attend_jagged(self, query, key, value, need_weights, average_attn_weights, is_causal)
             return self._torch_forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if extended and query.dtype is torch.float64 and autocasts(query):
+            with torch.autocast(query.device.type, enabled=False):
+                return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
 
     def _attend(
@@ -188,10 +193,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         q, k, v = self._project(query, key, value)
-        q_norm, k_norm = (None, None) if self.extras is None or self.extras.qk_norm is None else (self.q_norm, self.k_norm)
+        q_norm, k_norm = (None, None) if self._fused_extras is None or self._fused_extras.qk_norm is None else (self.q_norm, self.k_norm)
         q, k, v = self._split_heads(q, q_norm), self._split_heads(k, k_norm), self._split_heads(v)
-        if self.extras is not None and self.extras.rotary is not None:
-            q, k = turn(q, k, self.extras.rotary)
+        if self._fused_extras is not None and self._fused_extras.rotary is not None:
+            q, k = turn(q, k, self._fused_extras.rotary)
         k, v, columns = self._add_columns(k, v)
         mask, bias = score_masks(attn_mask, key_padding_mask, self.num_heads, columns)
         dropout_p = float(self.dropout) if self.training else 0.0
@@ -203,8 +208,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             "dropout_p": dropout_p,
             "dropout_seed": new_seed(q.device) if dropout_p > 0.0 else None,
         }
-        if self.extras is not None:
-            options |= attention_options(self, self.extras, q, options["causal"])
+        if self._fused_extras is not None:
+            options |= attention_options(self, self._fused_extras, q, options["causal"])
         weights = None
         if need_weights:
             out, lse = attention_with_lse(q, k, v, **options)

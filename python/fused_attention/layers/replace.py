@@ -72,11 +72,12 @@ def restore_modules(model: nn.Module) -> Report:
     """
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
-            extras = getattr(module, "extras", None)
-            if type(module) in ORIGINALS and extras is not None:
+            base = _base(module, ORIGINALS)
+            extras = None if base is None else getattr(module, "_fused_extras", None)
+            if base is not None and extras is not None:
                 raise ValueError(
                     f"{name or 'the model itself'} is a {type(module).__name__} with {', '.join(extras.given())}, which "
-                    f"{ORIGINALS[type(module)].__name__} does not have: call restore_modules on the other parts of the model"
+                    f"{ORIGINALS[base].__name__} does not have: call restore_modules on the other parts of the model"
                 )
     return _swap(model, ORIGINALS, None)
 

@@ -16,7 +16,7 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from .decoder import TransformerDecoderLayer
 from .multihead import MultiHeadAttention
-from .transformer import TransformerLayer
+from .transformer import TransformerLayer, hands_masks_on
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -164,9 +164,9 @@ def _plain(layers: nn.ModuleList, cls: type[TransformerLayer] | type[Transformer
     """Whether nothing but our own code stands between the stack's masks and our attention, which takes them in any form."""
     return all(
         getattr(type(layer), "forward", None) is cls.forward
-        and getattr(type(layer), "_sa_block", None) is cls._sa_block
-        and "_sa_block" not in vars(layer)
-        and getattr(type(layer.self_attn), "forward", None) is MultiHeadAttention.forward
+        and "forward" not in vars(layer)
+        and not (layer._forward_pre_hooks_with_kwargs or layer._forward_hooks_with_kwargs)  # masks are passed by keyword
+        and hands_masks_on(layer, cls)
         for layer in layers
     )
 

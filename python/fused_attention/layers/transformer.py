@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import LayerExtras, add_extras
-from .extras import AttentionOptions, refuse_script
+from .extras import AttentionOptions, refuse_script, refuse_unknown
 from .fused import add_norm_of, feed_forward
 from .gated import GATED, gated_name
 from .multihead import MultiHeadAttention
@@ -45,7 +45,8 @@ class TransformerLayer(StockLayer):
     batch_first=True, norm="rms", num_kv_heads=8, rotary=Rotary(base=500000.0)).
     """
 
-    extras: LayerExtras | None = None  # of the class: a layer whose class was changed has not run __init__
+    # Of the class, as a layer whose class was changed has not run __init__; a name that users do not give their own attributes.
+    _fused_extras: LayerExtras | None = None
     after1: nn.Module
     after2: nn.Module
 
@@ -72,6 +73,7 @@ class TransformerLayer(StockLayer):
     ) -> None:
         extras = LayerExtras(norm, sandwich, parallel, ff_bias, norm_bias, gated_name(activation))
         extras.check(norm_first)
+        refuse_unknown(type(self), attention)
         stock = activation if extras.activation is None else GATED[extras.activation]
         super().__init__(d_model, nhead, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # By class: a second module would draw from the generator, and the same seed must give the same weights as torch's layer.
@@ -100,7 +102,7 @@ class TransformerLayer(StockLayer):
             src_key_padding_mask = F._canonical_mask(src_key_padding_mask, "src_key_padding_mask", other, "src_mask", src.dtype)
             src_mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, False)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            extras = self.extras
+            extras = self._fused_extras
             if extras is not None and (extras.sandwich or extras.parallel is not None):
                 return self._arranged(src, src_mask, src_key_padding_mask, is_causal, extras)
         x = src
@@ -142,11 +144,17 @@ class TransformerLayer(StockLayer):
         return total + (self.after2(fed) if extras.sandwich else fed)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        refuse_script(self, self.extras)
+        refuse_script(self, self._fused_extras)
         return self
 
     def _carries(self, src_mask: Tensor | None, src_key_padding_mask: Tensor | None) -> bool:
         """Whether the masks may reach our attention as they came: bool ones, a byte an element. Others need torch's checks and form."""
-        stock = type(self)._sa_block is StockLayer._sa_block and "_sa_block" not in vars(self)
-        ours = stock and isinstance(self.self_attn, MultiHeadAttention)
-        return ours and all(mask is None or mask.dtype is torch.bool for mask in (src_mask, src_key_padding_mask))
+        bools = all(mask is None or mask.dtype is torch.bool for mask in (src_mask, src_key_padding_mask))
+        return bools and hands_masks_on(self, StockLayer)
+
+
+def hands_masks_on(layer: Any, cls: type[nn.TransformerEncoderLayer] | type[nn.TransformerDecoderLayer]) -> bool:
+    """Whether nothing but the `_sa_block` of cls stands between the layer's masks and our attention, which takes them in any form."""
+    own = getattr(type(layer), "_sa_block", None) is cls._sa_block and "_sa_block" not in vars(layer)
+    attention = layer.self_attn
+    return own and getattr(type(attention), "forward", None) is MultiHeadAttention.forward and "forward" not in vars(attention)

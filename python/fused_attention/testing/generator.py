@@ -77,6 +77,7 @@ def draw(random: Random, name: str = "drawn") -> Case:
     facts["kv_lengths"] = maybe(lengths, tuple((random.randint(-1, max(length, 0)), length) for length in lengths)) if members else None
     if not members and isinstance(facts["offset"], tuple):
         facts["offset"] = None
+    facts["mask_block"] = maybe(16) if facts.get("mask") else None
     return Case(name, **facts)
 
 
