@@ -4,23 +4,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 COUNT ?= 2000
 INSTALLED := .venv/.installed
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+CXX_SOURCES = $(shell find csrc tests/simt -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 PYTHON_SOURCES := python triton_kernels benchmarks tests build_tools setup.py
 # What judges the Triton kernels: their own tests, and those every backend has to pass.
 INTERPRETED := tests/triton $(addprefix tests/test_,$(addsuffix .py,matrix generated_problems adversarial exact_properties \
 	bounded_properties gradient_laws corners packed))
+BUILDS := tests/packaging tests/mutants tests/simt tests/gpu tests/codegen
 
 # Here an extension that does not compile is a failure; auto, pip's default, installs without it.
 export FUSED_ATTENTION_CPU ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-compiled test-interpreted mutants fuzz fuzz-compiled fuzz-interpreted codegen sanitize cross gpu lint format wheel clean
+.PHONY: help install bench test test-compiled test-interpreted test-builds mutants fuzz fuzz-compiled fuzz-interpreted codegen sanitize cross gpu lint format wheel clean
 
 help:
 	@echo 'make bench    check and time attention on this machine'
 	@echo 'make test     the whole test suite'
 	@echo 'make lint     ruff, mypy, clang-format'
-	@echo 'make mutants  faults planted in the Triton kernels, which the tests must notice'
+	@echo 'make mutants  faults planted in the Triton and C++ kernels, which the tests must notice'
 	@echo 'make fuzz     thousands of generated problems, COUNT=2000 of them'
 	@echo 'make codegen  what the Triton kernels compile to, for every architecture'
 	@echo 'make sanitize the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, and between guard pages'
@@ -35,9 +36,11 @@ install: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/fused-attention bench
 
-# Faults planted in the Triton kernels, one by one, which their tests have to notice.
+# Faults planted in the kernels, one by one, which their tests have to notice.
 mutants: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m tests.mutants.run_kernel_mutants
+	$(BIN)/python -m tests.mutants.run_cpu_mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.mutants
 
 # Generated problems, beyond those of every test run: interpreted Triton on one core, the other backends on another.
 fuzz: $(INSTALLED)
@@ -78,12 +81,16 @@ build/ziglang/.installed:
 gpu:
 	$(PYTHON) tests/gpu/run.py $(GPU_OPTIONS)
 
-# Two processes side by side: in one of them Triton interprets its kernels, which it must know before it is imported.
+# Three processes, two at a time: in one Triton interprets its kernels, which it must know before it is imported.
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted
+	$(MAKE) --jobs=2 --output-sync=target test-compiled test-interpreted test-builds
 
 test-compiled: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest $(addprefix --ignore=,$(BUILDS))
+
+# What compiles the sources again, installs them or runs them elsewhere.
+test-builds: $(INSTALLED)
+	$(BIN)/pytest $(BUILDS)
 
 test-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED) -k triton
@@ -111,6 +118,6 @@ clean:
 # An editable install compiles once, so what goes into the extension goes into the stamp.
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard build_tools/*.py) $(CXX_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[bench,test,triton,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench,test,triton,dev,examples,transformers]'
 	@$(BIN)/fused-attention info
 	@touch $@

@@ -6,6 +6,7 @@ A BLAS may order its sums by the shape of a product; where two calls differ in s
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from fused_attention.testing.inputs import lay_out
 RUNNABLE = [name for name, reason in backends().items() if reason is None]
 BITWISE = ("cpu",)  # sums in an order of their own, whatever the shape
 
-CROSS = Case("cross", batch=3, heads=6, kv_heads=2, seqlen_q=37, seqlen_k=53, head_dim=16, head_dim_v=11)
-CAUSAL = Case("causal", batch=3, heads=6, kv_heads=2, seqlen_q=41, seqlen_k=41, head_dim=16, causal=True)
+CROSS = Case("cross", batch=3, heads=6, kv_heads=2, seqlen_q=21, seqlen_k=37, head_dim=16, head_dim_v=11)
+CAUSAL = Case("causal", batch=3, heads=6, kv_heads=2, seqlen_q=25, seqlen_k=25, head_dim=16, causal=True)
 
 
 @pytest.fixture(params=RUNNABLE, autouse=True)
@@ -54,6 +55,18 @@ def usable(inputs: Inputs, backend: str) -> Inputs:
     return inputs
 
 
+@cache
+def made(case: Case) -> tuple[Inputs, Truth]:
+    inputs = case.make()
+    return inputs, inputs.truth()
+
+
+@cache
+def output_of(case: Case, backend: str) -> dict[str, Tensor]:
+    """What the changed calls of several tests are held against."""
+    return made(case)[0].run(backend)
+
+
 def forward(inputs: Inputs, backend: str) -> dict[str, Tensor]:
     return inputs.run(backend, backward=False)
 
@@ -63,14 +76,14 @@ def test_e1_permuted_batch_members(case, backend):
     inputs, order = case.make(), [2, 0, 1]
     tensors = {name: getattr(inputs, name)[order] for name in ("q", "k", "v", "dout", "dlse")}
     permuted = inputs.changed(**tensors)
-    agree(backend, mapped(inputs.run(backend), lambda x: x[order]), permuted.run(backend), permuted.truth())
+    agree(backend, mapped(output_of(case, backend), lambda x: x[order]), permuted.run(backend), permuted.truth())
 
 
 def test_e2_permuted_heads(backend):
     inputs, groups, heads = CROSS.make(), [1, 0], [4, 3, 5, 1, 2, 0]
     tensors = {name: getattr(inputs, name)[:, heads] for name in ("q", "dout", "dlse")}
     tensors |= {name: getattr(inputs, name)[:, groups] for name in ("k", "v")}
-    output, permuted = inputs.run(backend), inputs.changed(**tensors).run(backend)
+    output, permuted = output_of(CROSS, backend), inputs.changed(**tensors).run(backend)
     for name in ("out", "lse", "dq"):
         agree(backend, {name: output[name][:, heads]}, {name: permuted[name]}, inputs.changed(**tensors).truth())
     bounds = tier1(inputs.truth())  # dk and dv add up the heads of a group in another order
@@ -87,7 +100,7 @@ def test_e3_equal_rows_give_equal_rows(backend):
     agree(backend, first, output, cloned.truth())
 
 
-@pytest.mark.parametrize("last", [0, 15, 16, 30])
+@pytest.mark.parametrize("last", [0, 15, 16, 22])
 def test_e4_no_row_sees_the_future(last, backend):
     inputs = CAUSAL.make()
     k, v = inputs.k.clone(), inputs.v.clone()
@@ -102,14 +115,14 @@ def test_e5_batch_neighbours_do_not_matter(backend):
     tensors = {name: getattr(inputs, name).clone() for name in ("q", "k", "v")}
     for tensor in tensors.values():
         tensor[1:] = 7.0
-    equal(mapped(inputs.run(backend), lambda x: x[:1]), mapped(inputs.changed(**tensors).run(backend), lambda x: x[:1]))
+    equal(mapped(output_of(CAUSAL, backend), lambda x: x[:1]), mapped(inputs.changed(**tensors).run(backend), lambda x: x[:1]))
 
 
 @pytest.mark.parametrize("filler", [math.nan, math.inf, 1e30, 0.0])
 def test_e6_unused_keys_may_hold_anything(filler, backend):
-    lengths = torch.tensor([[0, 20], [7, 53], [0, 0]])
+    lengths = torch.tensor([[0, 20], [7, 37], [0, 0]])
     inputs = CROSS.make().changed(options={"kv_lengths": lengths})
-    unused = torch.ones(3, 53, dtype=torch.bool)
+    unused = torch.ones(3, 37, dtype=torch.bool)
     for member, (start, end) in enumerate(lengths.tolist()):
         unused[member, start:end] = False
     hidden = unused[:, None, :, None]
@@ -194,7 +207,7 @@ def test_e10_queries_and_keys_share_a_power_of_two(factor, backend):
 def test_e11_layouts(layout, backend):
     inputs = CAUSAL.make()
     moved = inputs.changed(**{name: lay_out(getattr(inputs, name), layout) for name in ("q", "k", "v", "dout")})
-    agree(backend, inputs.run(backend), moved.run(backend), inputs.truth())
+    agree(backend, output_of(CAUSAL, backend), moved.run(backend), made(CAUSAL)[1])
 
 
 def test_e11_strides_of_dimensions_of_size_one(backend):
@@ -227,7 +240,7 @@ def test_e12_the_same_call_twice(case, backend):
 
 def test_e13_threads_do_not_matter(backend):
     inputs = CAUSAL.make()
-    single = inputs.run(backend)
+    single = output_of(CAUSAL, backend)
     torch.set_num_threads(2)
     try:
         agree(backend, single, inputs.run(backend), inputs.truth())
@@ -246,7 +259,7 @@ def test_e14_captured_graphs_compute_the_same(backend):
 
 def test_e15_causal_is_a_window(backend):
     inputs = CAUSAL.make().changed(options={"causal": None})
-    causal = inputs.changed(options={"causal": True}).run(backend)
+    causal = output_of(CAUSAL, backend)
     for window in ((None, 0), (40, 0), (2**40, 0)):
         equal(causal, inputs.changed(options={"window": window}).run(backend))
     equal(causal, inputs.changed(options={"causal": True, "window": (40, None)}).run(backend))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from fused_attention import backends, blockwise
-from fused_attention.testing import Case, Inputs, tier1
+from fused_attention.testing import Case, Inputs, Truth, tier1
 
 RUNNABLE = [name for name, reason in backends().items() if reason is None]
-BASE = Case("law", heads=4, kv_heads=2, seqlen_q=37, seqlen_k=53, head_dim=16, head_dim_v=9)
+BASE = Case("law", heads=4, kv_heads=2, seqlen_q=21, seqlen_k=37, head_dim=16, head_dim_v=9)
 CASES = (
     BASE,
     replace(BASE, name="causal", causal=True),
-    replace(BASE, name="empty-rows", causal=True, seqlen_q=41, seqlen_k=23),
-    replace(BASE, name="window", window=(9, 4), kv_lengths=((3, 40), (0, 53))),
+    replace(BASE, name="empty-rows", causal=True, seqlen_q=37, seqlen_k=21),
+    replace(BASE, name="window", window=(9, 4), kv_lengths=((3, 30), (0, 37))),
     replace(BASE, name="mask", mask="b1qk"),
     replace(BASE, name="bias", bias="1hqk", hiding_bias=True),
     replace(BASE, name="alibi", alibi_slopes="h", causal=True),
@@ -42,6 +43,18 @@ def run(inputs: Inputs, backend: str) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in inputs.run(backend).items()}
 
 
+@cache
+def made(case: Case) -> tuple[Inputs, Truth]:
+    inputs = case.make()
+    return inputs, inputs.truth()
+
+
+@cache
+def output_of(case: Case, backend: str) -> dict[str, Tensor]:
+    """Several laws speak of the same results."""
+    return run(made(case)[0], backend)
+
+
 def small(value: Tensor, bound: Tensor) -> None:
     assert (value.abs() <= 1.01 * bound + 1e-300).all(), f"{(value.abs() / bound).max():.3g} of its bound"
 
@@ -60,17 +73,16 @@ def test_g1_gradients_of_the_keys_sum_to_zero(case, backend):
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.dropout_p and not case.sinks], ids=lambda case: case.name)
 def test_g2_gradients_of_the_values_sum_to_dout(case, backend):
-    inputs = case.make()
-    truth = inputs.truth()
+    inputs, truth = made(case)
     alive = (truth.lse > -torch.inf)[..., None]
     expected = (inputs.dout.double() * alive).sum(2).unflatten(1, (2, 2)).sum(2)
-    small(run(inputs, backend)["dv"].sum(2) - expected, tier1(truth)["dv"].sum(2))
+    small(output_of(case, backend)["dv"].sum(2) - expected, tier1(truth)["dv"].sum(2))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_g3_values_and_out_pair_alike_with_their_gradients(case, backend):
-    inputs = case.make()
-    output, bounds = run(inputs, backend), tier1(inputs.truth())
+    inputs, truth = made(case)
+    output, bounds = output_of(case, backend), tier1(truth)
     by_value = (output["dv"] * inputs.v.double()).sum()
     by_out = (inputs.dout.double() * output["out"]).sum()
     small(by_value - by_out, (bounds["dv"] * inputs.v.abs()).sum() + (bounds["out"] * inputs.dout.abs()).sum())
@@ -78,8 +90,8 @@ def test_g3_values_and_out_pair_alike_with_their_gradients(case, backend):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_g4_queries_and_keys_pair_alike_with_their_gradients(case, backend):
-    inputs = case.make()
-    output, bounds = run(inputs, backend), tier1(inputs.truth())
+    inputs, truth = made(case)
+    output, bounds = output_of(case, backend), tier1(truth)
     by_query, by_key = (output["dq"] * inputs.q.double()).sum(), (output["dk"] * inputs.k.double()).sum()
     small(by_query - by_key, (bounds["dq"] * inputs.q.abs()).sum() + (bounds["dk"] * inputs.k.abs()).sum())
 
@@ -100,10 +112,10 @@ def test_g6_a_key_column_of_ones_reads_the_row_sums(case, backend):
     small(run(inputs, backend)["dq"][..., 3], tier1(inputs.truth())["dq"][..., 3])
 
 
-@pytest.mark.parametrize("last", [0, 16, 30])
+@pytest.mark.parametrize("last", [0, 16, 18])
 def test_g7_keys_learn_nothing_from_rows_that_do_not_see_them(last, backend):
     """With dout 0 from some row on, keys that only later rows see get exactly 0, and earlier rows do not hear of the later ones."""
-    inputs = replace(BASE, causal=True, seqlen_k=37).make()
+    inputs = replace(BASE, causal=True, seqlen_k=21).make()
     dout, dlse = inputs.dout.clone(), inputs.dlse.clone()
     dout[:, :, last + 1 :], dlse[:, :, last + 1 :] = 0.0, 0.0
     inputs = inputs.changed(dout=dout, dlse=dlse)
