@@ -63,8 +63,8 @@ DECODE = shape("MHA, B1 H8 S4096 D128", 1, 8, 4096, 128, seqlen_q=1, backward=Fa
 DECODE_GROUPS = shape("GQA, B1 H32/8 S4096 D128", 1, 32, 4096, 128, kv_heads=8, seqlen_q=1, backward=False)
 LENGTHS = (179, 763, 310, 512, 233, 640, 421, 555)
 LAYERS = (shape("E512 B8 S128", 8, 8, 128, 64), shape("E512 B1 S512", 1, 8, 512, 64), shape("E512 B1 S2048", 1, 8, 2048, 64))
-WIDE_LAYER = shape("E1024 B1 S1024", 1, 16, 1024, 64)
-OPTIONS = ("mask", "kv_lengths", "window", "alibi_slopes", "softcap")
+WIDE_LAYERS = (shape("E1024 B8 S128", 8, 16, 128, 64), shape("E1024 B1 S512", 1, 16, 512, 64), shape("E1024 B1 S1024", 1, 16, 1024, 64))
+OPTIONS = ("mask", "bias", "kv_lengths", "window", "alibi_slopes", "softcap")
 
 
 def goals(shrink: int = 1) -> Iterator[Goal]:
@@ -96,7 +96,7 @@ def goals(shrink: int = 1) -> Iterator[Goal]:
         if workload.seqlen_k >= 512:
             late = workload.seqlen_k >= 1024
             yield _layer("fp32", _causal(workload), shrink, {TORCH_NN: 3.0 if late else 2.5}, {TORCH_NN: 5.0 if late else 3.0})
-    for workload, must in ((LAYERS[0], 1.2), (LAYERS[1], 1.5), (LAYERS[2], 2.2), (WIDE_LAYER, 1.25)):
+    for workload, must in zip((*LAYERS, *WIDE_LAYERS), (1.2, 1.5, 2.2, 1.15, 1.25, 1.25), strict=True):
         yield _layer("bf16", workload, shrink, {CAREFUL: must}, {})
     for workload in LAYERS[:2]:
         small = _shrunk(workload, shrink)
@@ -143,9 +143,9 @@ def judge(goal: Goal, protocol: Protocol) -> list[Result]:
     """The race run, one result a rival."""
     race = goal.race()
     times = race.run(protocol)
-    ours = times[race.ours].median * race.pairs.get(race.ours, 1.0)
+    ours = times[race.ours].median * race.weights.get(race.ours, 1.0)
     return [
-        Result(goal.title, rival, ours, times[rival].median * race.pairs.get(rival, 1.0) / ours, must, goal.aim.get(rival), goal.flops)
+        Result(goal.title, rival, ours, times[rival].median * race.weights.get(rival, 1.0) / ours, must, goal.aim.get(rival), goal.flops)
         for rival, must in goal.must.items()
     ]
 

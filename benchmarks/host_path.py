@@ -40,7 +40,7 @@ def steps(calls: int = CALLS, rounds: int = ROUNDS) -> Iterator[Step]:
     functions: dict[str, Callable[[], Any]] = {
         "plan: checks and choice, new facts": lambda: (plans.forget(), plans.plan(q, k, v, {"causal": True}, None)),
         "plan: remembered": lambda: plans.plan(q, k, v, {"causal": True}, None),
-        "dispatch: is the operator unheard": lambda: unheard(q, k, v, *known),
+        "dispatch: is the operator unheard": lambda: unheard(q, k, v),
         "backend triton, bf16, launch left out": lambda: KERNELS["triton"].forward(*halves, half),
     }
     if KERNELS["cpu"].unavailable() is None:

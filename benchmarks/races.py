@@ -29,7 +29,7 @@ class Race:
     calls: Mapping[str, Callable[[], Any]]
     ours: str = OURS
     learns: bool = False
-    pairs: Mapping[str, float] = field(default_factory=dict)  # what a time is multiplied with, where contenders differ in their work
+    weights: Mapping[str, float] = field(default_factory=dict)  # what a time is multiplied with, where contenders differ in their work
 
     def run(self, protocol: Protocol) -> dict[str, Timing]:
         with contextlib.nullcontext() if self.learns else torch.no_grad():
@@ -138,6 +138,7 @@ def option_race(workload: Workload, name: str) -> Race:
     generator = torch.Generator().manual_seed(SEED)
     options: dict[str, dict[str, Any]] = {
         "mask": {"mask": torch.rand(seqlen, seqlen, generator=generator) < 0.9},
+        "bias": {"bias": torch.randn(seqlen, seqlen, generator=generator)},
         "kv_lengths": {"kv_lengths": torch.full((workload.batch,), seqlen * 3 // 4)},
         "window": {"window": (seqlen // 4, 0)},
         "alibi_slopes": {"alibi_slopes": 2.0 ** -torch.arange(1, workload.heads + 1).float()},
@@ -147,7 +148,7 @@ def option_race(workload: Workload, name: str) -> Race:
     seen = {"kv_lengths": 0.75, "window": _window_share(seqlen, seqlen // 4)}.get(name, 1.0)
     plain = "ours, plain"
     calls = {name: lambda: attention(q, k, v, **options[name]), plain: lambda: attention(q, k, v)}
-    return Race(calls, ours=name, pairs={name: 1.0 / seen, plain: 1.0})
+    return Race(calls, ours=name, weights={name: 1.0 / seen, plain: 1.0})
 
 
 def _window_share(seqlen: int, left: int) -> float:

@@ -50,6 +50,10 @@ struct AttentionParams {
   bool has_offset;
   // Packed sequences, whose rows all lie in member 0: where those of each member begin, batch + 1 untrusted values.
   const int64_t *cu_seqlens_q, *cu_seqlens_k;
+  // Keys in pages: rows of k and v are those of a page, their batch the page, and page_table, page_table_batch apart,
+  // holds the untrusted pages of each member in order. Null: they lie in its own rows.
+  const int32_t* page_table;
+  int64_t page_table_batch, pages, page_size;
   const int64_t* dropout_seed;  // (seed, offset)
   int64_t dropout_threshold;    // a random word below it drops the pair
   double dropout_scale;         // of what is kept

@@ -58,4 +58,4 @@ def test_a_goal_is_met_within_three_percent(ratio, met):
 
 def test_an_option_is_judged_by_the_pairs_it_sees():
     race = SimpleNamespace(**vars(races.option_race(goals.FULL[1], "kv_lengths")))
-    assert race.pairs == {"kv_lengths": pytest.approx(4 / 3), "ours, plain": 1.0}
+    assert race.weights == {"kv_lengths": pytest.approx(4 / 3), "ours, plain": 1.0}

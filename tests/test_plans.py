@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_attention import attention, attention_varlen, ops, plans
+from fused_attention import attention, attention_varlen, attention_with_lse, ops, plans
 from fused_attention.listeners import unheard
 
 TENSORS = {
@@ -145,6 +145,19 @@ def test_a_wrong_call_is_refused_each_time():
     for _ in range(2):
         with pytest.raises(ValueError, match="window left is -1"):
             attention(*operands(), window=(-1, 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "scale": -0.4}, {"dropout_p": 0.5}, {"offset": 1, "window": (2, 1)}], ids=str)
+@pytest.mark.parametrize("head_dim_v", [8, 5])
+def test_a_call_after_the_first_computes_what_a_first_one_would(options, head_dim_v):
+    """Nothing of the call that was remembered stays in what the next one is given: addresses, a seed, the room for the results."""
+    for number in range(3):
+        q, k, _ = operands()
+        v = torch.randn(2, 2, 7, head_dim_v)
+        torch.manual_seed(number)
+        got = attention_with_lse(q, k, v, **options)
+        torch.manual_seed(number)
+        torch.testing.assert_close(got, attention_with_lse(q, k, v, backend="reference", **options))
 
 
 @pytest.mark.parametrize("subclass", [False, True])

@@ -14,7 +14,7 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kAvx512Kernels{"avx512", {forward, backward}, &kAvx512Double, kLayerKernels};
+const Kernels kAvx512Kernels{"avx512", {forward, backward, weights, decode_pages}, &kAvx512Double, kLayerKernels};
 
 #if defined(__clang__)
 #pragma clang attribute pop

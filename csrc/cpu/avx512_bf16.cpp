@@ -15,7 +15,8 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kAvx512Bf16Kernels{"avx512_bf16", {forward, backward}, &kAvx512Double, kLayerKernels};
+const Kernels kAvx512Bf16Kernels{
+    "avx512_bf16", {forward, backward, weights, decode_pages}, &kAvx512Double, kLayerKernels};
 
 #if defined(__clang__)
 #pragma clang attribute pop

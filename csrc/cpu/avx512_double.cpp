@@ -15,7 +15,7 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const AttentionKernels kAvx512Double{forward, backward};
+const AttentionKernels kAvx512Double{forward, backward, weights, decode_pages};
 
 #if defined(__clang__)
 #pragma clang attribute pop

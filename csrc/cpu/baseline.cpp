@@ -8,4 +8,4 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kBaselineKernels{"baseline", {forward, backward}, &kBaselineDouble, kLayerKernels};
+const Kernels kBaselineKernels{"baseline", {forward, backward, weights, decode_pages}, &kBaselineDouble, kLayerKernels};

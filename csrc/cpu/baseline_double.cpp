@@ -9,4 +9,4 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const AttentionKernels kBaselineDouble{forward, backward};
+const AttentionKernels kBaselineDouble{forward, backward, weights, decode_pages};

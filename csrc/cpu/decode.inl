@@ -10,35 +10,6 @@
 constexpr int64_t kDecodeKeys = 1024;
 constexpr int kDecodeRows = kWidth < 8 ? kWidth : 8;
 
-// How whole vectors of a row of k or v are read, as Reals.
-template <Element kElement>
-struct RowsOf {
-  static constexpr bool kPairs = false;
-  static constexpr int kDims = kWidth;  // in a vector of a dot product
-  static constexpr int64_t kBytes = kElement == Element::kFloat64 ? 8 : kElement == Element::kFloat32 ? 4 : 2;
-
-  static INLINE Vec load_reals(const char* row, int64_t d) {
-    const char* const at = row + d * kBytes;
-    if constexpr (kElement == kReal) return load(reinterpret_cast<const Real*>(at));
-#if !defined(REAL_IS_DOUBLE)
-    return widen(kElement, read<HalfVec>(at));
-#endif
-  }
-  static INLINE Vec load_factors(const char* row, int64_t d) { return load_reals(row, d); }
-  static INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fused(a, b, c); }
-};
-
-#if defined(ISA_BF16) && !defined(REAL_IS_DOUBLE)
-// The same, with dot products of pairs.
-struct RowsOfPairs : RowsOf<Element::kBFloat16> {
-  static constexpr bool kPairs = true;
-  static constexpr int kDims = 2 * kWidth;
-
-  static INLINE Vec load_factors(const char* row, int64_t d) { return read<Vec>(row + d * kBytes); }
-  static INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return PairDot::multiply_add(a, b, c); }
-};
-#endif
-
 // What a range of keys gives: statistics with a row a lane, out as [row][dim].
 struct DecodePart {
   Real *row_max, *row_sum, *out;
@@ -58,7 +29,7 @@ INLINE Vec sum_each(Vec (&x)[kWidth]) {
   return x[0];
 }
 
-template <class Source, int R>
+template <class Source, class Rows, int R>
 struct Decoder {
   const QueryBlock& block;
   const AttentionParams& p;
@@ -87,15 +58,14 @@ struct Decoder {
     std::memset(part.out, 0, size_t(R * p.head_dim_v) * sizeof(Real));
     OnlineSoftmax<1> softmax;
     softmax.start();
+    Rows at;
     for (int64_t start_n = keys.lo / kBlockN * kBlockN; start_n < keys.hi; start_n += kBlockN) {
       const Interval range = keys.intersect({start_n, start_n + kBlockN});
       KeyTile<1> tile(p, block.k, block.v, block.visible, block.queries, query, range);
-      if (shifted) {
-        const Shown shown = options.load_shift(range, tile.mask, false, shift, scores);
-        if (shown == Shown::kNone) continue;
-        if (shown == Shown::kSome) tile.guard(p);
-      }
-      score(tile);
+      const Shown shown = shifted ? options.load_shift(range, tile.mask, shift) : Shown::kAll;
+      if (shown == Shown::kNone) continue;
+      at.find(block, range);
+      score(at, tile.keys);
       Vec tile_max[1];
       if (shifted) {
         spread(tile.keys);
@@ -108,7 +78,8 @@ struct Decoder {
         for_kept<1>(p, block.rows, range, [&](int64_t j, int, IntVec kept) INLINE_LAMBDA {
           store(scores + j * kWidth, kept ? load(scores + j * kWidth) : Vec{});
         });
-      add_values(tile, softmax.rescale[0], part.out);
+      const bool guarded = tile.hides_infinite(p, shown, [&](int64_t j) INLINE_LAMBDA { return at.v(j); });
+      add_values(at, tile, guarded, softmax.rescale[0], part.out);
     }
     store(part.row_max, softmax.row_max[0]);
     store(part.row_sum,
@@ -117,16 +88,18 @@ struct Decoder {
 
  private:
   // scores without a gap, R for each key: some keys at a time, whose products with all rows fill a vector.
-  void score(const KeyTile<1>& tile) const {
+  void score(const Rows& at, int64_t keys) const {
     constexpr int kKeys = kWidth / R;
-    for (int64_t j = 0; j < tile.keys; j += kKeys) {
-      const int64_t count = smaller(kKeys, tile.keys - j);
-      prefetch(tile.v + j * p.v.seq, count, p.v.seq, p.head_dim_v * Source::kBytes);
-      prefetch(tile.k + (j + 32) * p.k.seq, count, p.k.seq, p.head_dim * Source::kBytes);
+    for (int64_t j = 0; j < keys; j += kKeys) {
+      const int64_t count = smaller(kKeys, keys - j);
+      for (int64_t i = j; i < j + count; ++i) {
+        prefetch(at.v(i), 1, 0, p.head_dim_v * Source::kBytes);
+        prefetch(at.k(i + kRowsAhead), 1, 0, p.head_dim * Source::kBytes);
+      }
       Vec products[kWidth];
       repeat<kKeys>(EACH(i) {
         // Past the last key its own row again: nobody looks at the result.
-        const char* const row = tile.k + (j + smaller(i, count - 1)) * p.k.seq;
+        const char* const row = at.k(j + smaller(i, count - 1));
         Vec sums[R] = {};
         for (int64_t d = 0, at = 0; d < p.head_dim; d += Source::kDims, at += kWidth) {
           const Vec k = Source::load_factors(row, d);
@@ -170,14 +143,14 @@ struct Decoder {
     return x;
   }
 
-  void add_values(const KeyTile<1>& tile, Vec rescale, Real* out) const {
+  void add_values(const Rows& at, const KeyTile<1>& tile, bool guarded, Vec rescale, Real* out) const {
     constexpr int kVectors = R <= 2 ? 8 : R <= 4 ? 4 : 2;
     for_vector_tiles<kVectors>(0, p.head_dim_v / kWidth, [&](auto width, int64_t n) INLINE_LAMBDA {
       Tile<R, width> x;
       x.map([&](Vec, auto r, auto c)
                 INLINE_LAMBDA { return load(out + r * p.head_dim_v + (n + c) * kWidth) * rescale[int(r)]; });
       const auto add_key = [&](int64_t j, auto&& takes) INLINE_LAMBDA {
-        const char* const row = tile.v + j * p.v.seq;
+        const char* const row = at.v(j);
         Vec v[decltype(width)::value];
         repeat<width>(EACH(c) { v[c] = Source::load_reals(row, (n + c) * kWidth); });
         repeat<R>(EACH(r) {
@@ -186,7 +159,7 @@ struct Decoder {
           repeat<width>(EACH(c) { x.at[r][c] = fused(weight, v[c], x.at[r][c]); });
         });
       };
-      if (tile.guarded)
+      if (guarded)
         for (int64_t j = 0; j < tile.keys; ++j) add_key(j, [&](int r) { return sees(tile, j, r); });
       else
         for (int64_t j = 0; j < tile.keys; ++j) add_key(j, [](int) { return true; });
@@ -230,7 +203,7 @@ void merge_parts(const QueryBlock& block, Real* parts, int64_t ranges, int64_t s
   block.store_lse(reinterpret_cast<const Real*>(lse));
 }
 
-template <class Source, int R>
+template <class Source, class Rows, int R>
 void decode_rows(const AttentionParams& p, int threads) {
   static thread_local Arena results;
   const int64_t ranges = std::max<int64_t>(1, blocks_of(kDecodeKeys, p.seqlen_k));
@@ -244,7 +217,7 @@ void decode_rows(const AttentionParams& p, int threads) {
     static thread_local Arena arena;
     const QueryBlock block = block_of(head);
     const Interval keys = block.visible.keys_of_any(block.queries).intersect({n * kDecodeKeys, (n + 1) * kDecodeKeys});
-    Decoder<Source, R>(block, arena.array<Real>(size_t(Decoder<Source, R>::scratch_size(p))))
+    Decoder<Source, Rows, R>(block, arena.array<Real>(size_t(Decoder<Source, Rows, R>::scratch_size(p))))
         .attend(keys, DecodePart(part));
   };
   if (threads > 1) {
@@ -261,14 +234,19 @@ void decode_rows(const AttentionParams& p, int threads) {
   results.trim();
 }
 
+template <class Source, class Rows>
+void decode_from(const AttentionParams& p, int threads) {
+  const int64_t rows = p.heads / p.kv_heads * p.seqlen_q;
+  if (rows == 1) return decode_rows<Source, Rows, 1>(p, threads);
+  if (rows == 2) return decode_rows<Source, Rows, 2>(p, threads);
+  if constexpr (kDecodeRows >= 4)
+    if (rows <= 4) return decode_rows<Source, Rows, 4>(p, threads);
+  if constexpr (kDecodeRows >= 8) return decode_rows<Source, Rows, 8>(p, threads);
+}
+
 template <class Source>
 void decode_with(const AttentionParams& p, int threads) {
-  const int64_t rows = p.heads / p.kv_heads * p.seqlen_q;
-  if (rows == 1) return decode_rows<Source, 1>(p, threads);
-  if (rows == 2) return decode_rows<Source, 2>(p, threads);
-  if constexpr (kDecodeRows >= 4)
-    if (rows <= 4) return decode_rows<Source, 4>(p, threads);
-  if constexpr (kDecodeRows >= 8) return decode_rows<Source, 8>(p, threads);
+  p.page_table ? decode_from<Source, PagedRows>(p, threads) : decode_from<Source, DenseRows>(p, threads);
 }
 
 // Whether the queries are few, and rows of k and v dense and of whole vectors.
@@ -289,4 +267,11 @@ void decode(const AttentionParams& p, int threads) {
 #endif
   decode_with<RowsOf<Element::kBFloat16>>(p, threads);
 #endif
+}
+
+// Attention to keys in pages, where the call suits decoding: whether it was computed.
+bool decode_pages(const AttentionParams& p, int threads) {
+  const bool suits = suits_decoding(p);
+  if (suits && p.batch && p.seqlen_q) decode(p, threads);
+  return suits;
 }

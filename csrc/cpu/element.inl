@@ -116,6 +116,15 @@ INLINE HalfVec narrow(Element element, Vec x) {
 }
 #endif
 
+#if !defined(REAL_IS_DOUBLE)
+// Of two numbers in each lane, those that have the largest exponent: infinities and NaN.
+INLINE BitVec not_finite(Element element, BitVec pairs) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  const Halves exponent = (Halves)(BitVec{} + (element == Element::kBFloat16 ? 0x7f807f80u : 0x7c007c00u));
+  return (BitVec)(((Halves)pairs & exponent) == exponent);
+}
+#endif
+
 // Rows of 16-bit elements without gaps, which deserve to be inlined.
 INLINE bool is_dense_half(Element element, int64_t stride, int64_t count) {
   return sizeof(Real) == sizeof(float) && stride == 2 && count >= kWidth &&
@@ -154,4 +163,23 @@ INLINE Vec load_elements(Element element, const char* from, int64_t stride, int6
 INLINE void store_elements(Element element, char* to, int64_t stride, int64_t count, Vec x) {
   if (element != kReal) return store_others(element, to, stride, count, x);
   store_some(reinterpret_cast<Real*>(to), stride / int64_t(sizeof(Real)), count, x);
+}
+
+// The same where rows of 16 bits take the time: their dense case is inlined.
+INLINE Vec load_row(Element element, const char* from, int64_t stride, int64_t count) {
+#if !defined(REAL_IS_DOUBLE)
+  if (is_dense_half(element, stride, count)) return widen(element, read<HalfVec>(from));
+#endif
+  return load_elements(element, from, stride, count);
+}
+
+INLINE void store_row(Element element, char* to, int64_t stride, int64_t count, Vec x) {
+#if !defined(REAL_IS_DOUBLE)
+  if (is_dense_half(element, stride, count)) {
+    const HalfVec halves = narrow(element, x);
+    std::memcpy(to, &halves, sizeof(halves));
+    return;
+  }
+#endif
+  store_elements(element, to, stride, count, x);
 }

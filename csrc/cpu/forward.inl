@@ -46,42 +46,42 @@ INLINE void score_tile(const QueryBlock& block, const KeyTile<N>& tile, const Fo
   });
 }
 
-// out' = rescale out' + V' weights; add(tile of out', V') adds the product.
-template <int N, class Add>
-INLINE void add_products(const AttentionParams& p, Broadcast v, const Vec (&rescale)[N], Real* out_t, Add&& add) {
-  for_row_tiles(0, p.head_dim_v, [&](auto height, int64_t d) INLINE_LAMBDA {
-    Tile<height, N> o;
-    o.clear();
-    add(o, Broadcast{v.data + d * v.step, v.step, v.row});
-    o.map([&](Vec x, auto m, auto n) INLINE_LAMBDA {
-      Real* at = out_t + ((d + m) * N + n) * kWidth;
-      store(at, fused(load(at), rescale[n], x));
-      return x;
-    });
-  });
+template <int M, int N>
+INLINE bool all_finite(const Tile<M, N>& x) {
+  BitVec check{};
+  repeat<M>(EACH(m) { repeat<N>(EACH(n) { check |= (BitVec)(x.at[m][n] - x.at[m][n]); }); });
+  return all_zero((Vec)check);
 }
 
+// out' = rescale out' + V' weights
 template <class Operands, int N>
-INLINE void add_values(const AttentionParams& p, const KeyTile<N>& tile, bool shifted, const Vec (&rescale)[N],
-                       const ForwardScratch& scratch) {
+INLINE void add_values(const AttentionParams& p, const KeyTile<N>& tile, bool shifted, bool hides,
+                       const Vec (&rescale)[N], const ForwardScratch& scratch) {
+  using Product = typename Operands::Product;
   Real* const weights = scratch.scores;
   const int64_t steps = Operands::steps(tile.keys);
   Operands::template prepare_weights<N>(weights, tile.keys);
   const Broadcast v = Operands::values(p.v, tile.v, tile.keys, p.head_dim_v, scratch.copy);
-  if (tile.guarded) {
-    const auto shown = [&](int64_t step, int n) INLINE_LAMBDA {
-      return Operands::shown(step, tile.keys, [&](int64_t j) INLINE_LAMBDA {
-        const IntVec by_options = load(scratch.shift + (j * N + n) * kWidth) != -kInfinity;
-        return shifted ? by_options : tile.mask.sees(Int(j), n);
-      });
-    };
-    add_products(p, v, rescale, scratch.out_t, [&](auto& o, Broadcast v_t) INLINE_LAMBDA {
-      o.template multiply_add_where<typename Operands::Product>(v_t, weights, N * kWidth, steps, shown);
+  const auto shown = [&](int64_t step, int n) INLINE_LAMBDA {
+    return Operands::shown(step, tile.keys, [&](int64_t j) INLINE_LAMBDA {
+      const IntVec by_options = load(scratch.shift + (j * N + n) * kWidth) != -kInfinity;
+      return shifted ? by_options : tile.mask.sees(Int(j), n);
     });
-    return;
-  }
-  add_products(p, v, rescale, scratch.out_t, [&](auto& o, Broadcast v_t) INLINE_LAMBDA {
-    o.template multiply_add<typename Operands::Product>(v_t, weights, N * kWidth, steps);
+  };
+  for_row_tiles(0, p.head_dim_v, [&](auto height, int64_t d) INLINE_LAMBDA {
+    const Broadcast v_t{v.data + d * v.step, v.step, v.row};
+    Tile<height, N> o;
+    o.clear();
+    o.template multiply_add<Product>(v_t, weights, N * kWidth, steps);
+    if (hides && !all_finite(o)) {  // a hidden value may be infinite or nan, and 0 times it is nan
+      o.clear();
+      o.template multiply_add_where<Product>(v_t, weights, N * kWidth, steps, shown);
+    }
+    o.map([&](Vec x, auto m, auto n) INLINE_LAMBDA {
+      Real* at = scratch.out_t + ((d + m) * N + n) * kWidth;
+      store(at, fused(load(at), rescale[n], x));
+      return x;
+    });
   });
 }
 
@@ -91,11 +91,12 @@ void attend(const QueryBlock& block, const ForwardScratch& scratch) {
   const Interval keys = block.visible.keys_of_any(block.queries);
   IntVec query[N];
   for (int lane = 0; lane < N * kWidth; ++lane) query[lane / kWidth][lane % kWidth] = block.rows.query[lane];
-  const bool shifted = PairOptions<N>::given(p);
+  const bool shifted = PairOptions<N>::change_scores(p);
   const PairOptions<N> options(p, block.rows, block.visible);
+  MaskBits<N> bits;
 
-  Operands::template load_queries<N>(scratch.qt, scratch.copy, p.head_dim, p.q, base2_scale(p),
-                                     [&](int lane) { return block.rows.row(p.q, lane); });
+  Operands::template load_lanes<N>(scratch.qt, p.head_dim, p.q, base2_scale(p),
+                                   [&](int lane) { return block.rows.row(p.q, lane); });
   std::memset(scratch.out_t, 0, size_t(p.head_dim_v) * N * kWidth * sizeof(Real));
   block.prefetch_rows();
   OnlineSoftmax<N> softmax;
@@ -103,20 +104,24 @@ void attend(const QueryBlock& block, const ForwardScratch& scratch) {
   for (int64_t start_n = keys.lo / kBlockN * kBlockN; start_n < keys.hi; start_n += kBlockN) {
     const Interval range = keys.intersect({start_n, start_n + kBlockN});
     KeyTile<N> tile(p, block.k, block.v, block.visible, block.queries, query, range);
-    Shown shown = Shown::kUnchanged;
-    if (shifted) shown = options.load_shift(range, tile.mask, tile.is_common(), scratch.shift, scratch.scores);
+    Shown shown = Shown::kAll;
+    if (shifted)
+      shown = options.load_shift(range, tile.mask, scratch.shift);
+    else if (p.mask.data)
+      shown = bits.load(p.mask, block.rows, range);
     if (shown == Shown::kNone) continue;
-    if (shown == Shown::kSome) tile.guard(p);
+    if (shown == Shown::kSome && !shifted) tile.hide_by(bits);
+    const bool hides = shown == Shown::kSome || !tile.is_common();
     Vec tile_max[N];
     score_tile<Operands>(block, tile, scratch, tile_max);
-    if (shown != Shown::kUnchanged) options.apply(scratch.scores, scratch.shift, tile.keys, tile_max);
-    softmax.update(scratch.scores, tile.keys, tile_max);
+    if (shifted) options.apply(scratch.scores, scratch.shift, tile.keys, tile_max);
+    softmax.template update<Operands::power_of_2>(scratch.scores, tile.keys, tile_max);
     if (p.dropout_seed)
       for_kept<N>(p, block.rows, range, [&](int64_t j, int n, IntVec kept) INLINE_LAMBDA {
         Real* const at = scratch.scores + (j * N + n) * kWidth;
         store(at, kept ? load(at) : Vec{});
       });
-    add_values<Operands>(p, tile, shown != Shown::kUnchanged, softmax.rescale, scratch);
+    add_values<Operands>(p, tile, shifted, hides, softmax.rescale, scratch);
   }
   Vec factor[N], lse[N];
   softmax.finish(factor, lse);

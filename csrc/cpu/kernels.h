@@ -7,6 +7,8 @@
 struct AttentionKernels {
   void (*forward)(const AttentionParams&, int threads);
   void (*backward)(const AttentionParams&, int threads);
+  void (*weights)(const AttentionParams&, bool average, int threads);
+  bool (*decode_pages)(const AttentionParams&, int threads);  // false: the call does not suit it, and nothing was done
 };
 
 struct Kernels {

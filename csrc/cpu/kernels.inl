@@ -1,7 +1,7 @@
 // Every kernel for one instruction set, from the vectors up: included in a namespace by avx512.cpp, avx2.cpp,
 // baseline.cpp and their like; for double where REAL_IS_DOUBLE is defined.
 
-#if !defined(__clang__) && !defined(PARALLEL_ON_STD_THREADS)
+#if defined(__OPTIMIZE__) && !defined(__clang__) && !defined(PARALLEL_ON_STD_THREADS)
 #pragma GCC optimize("O3")  // a build that ends in -O2 would lose 7 to 13 %
 #endif
 
@@ -20,16 +20,21 @@ constexpr float kLn2 = 0.6931471824645996f, kLn2Rest = -1.9046542e-9f;
 #include "cpu/mask.inl"
 #include "cpu/layout.inl"
 #include "cpu/lane_rows.inl"
+#include "cpu/mask_bits.inl"
 #include "cpu/dropout.inl"
 #include "cpu/pairs.inl"
 #include "cpu/softmax.inl"
 #include "cpu/operands.inl"
+#include "cpu/pair_operands.inl"
 #include "cpu/key_tile.inl"
 #include "cpu/query_block.inl"
+#include "cpu/key_rows.inl"
 #include "cpu/decode.inl"
 #include "cpu/forward.inl"
+#include "cpu/weights.inl"
 #include "cpu/backward_head.inl"
 #include "cpu/pair_block.inl"
+#include "cpu/gradient_tiles.inl"
 #include "cpu/backward.inl"
 #if !defined(REAL_IS_DOUBLE)
 #include "cpu/layer_kernels.inl"

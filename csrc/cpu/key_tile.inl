@@ -1,7 +1,5 @@
 // A tile of keys in forward, and what the rows of a block see of it.
 
-constexpr int kBlockN = 128;
-
 // Keys [range.lo, range.hi) and what the rows of a block see of them.
 template <int N>
 struct KeyTile {
@@ -10,7 +8,6 @@ struct KeyTile {
   int64_t keys;
   Interval common;  // keys that all rows see; it and the mask count from the first key
   LaneMask<N> mask;
-  bool guarded;  // a value that some row does not see is not finite: 0 * inf would be nan
 
   INLINE KeyTile(const AttentionParams& p, const char* k_rows, const char* v_rows, const Visibility& visible,
                  Interval queries, const IntVec (&query)[N], Interval of)
@@ -22,14 +19,28 @@ struct KeyTile {
     common = visible.keys_of_all(queries).intersect(range);
     if (common.empty()) common = {range.lo, range.lo};
     common = {common.lo - range.lo, common.hi - range.lo};
-    guarded = !(all_rows_finite(p.v, v, common.lo, p.head_dim_v) &&
-                all_rows_finite(p.v, v + common.hi * p.v.seq, keys - common.hi, p.head_dim_v));
   }
 
   INLINE bool is_common() const { return common.lo == 0 && common.hi == keys; }
 
-  // A mask or a bias hides some pairs too.
-  INLINE void guard(const AttentionParams& p) {
-    if (!guarded && (p.mask.data || p.bias.data)) guarded = !all_rows_finite(p.v, v, keys, p.head_dim_v);
+  // No key is certain to be seen by all rows then.
+  INLINE void hide_by(const MaskBits<N>& bits) {
+    mask.shown = bits.words;
+    common = {0, 0};
+  }
+
+  // Whether a value that some row does not see is infinite or NaN: its weight is 0, and 0 times it would be NaN.
+  INLINE bool hides_infinite(const AttentionParams& p, Shown by_options) const {
+    return hides_infinite(p, by_options, [&](int64_t j) INLINE_LAMBDA { return v + j * p.v.seq; });
+  }
+
+  // The same where row(j) is a key's row of v.
+  template <class Row>
+  INLINE bool hides_infinite(const AttentionParams& p, Shown by_options, Row&& row) const {
+    const auto finite = [&](int64_t from, int64_t to) INLINE_LAMBDA {
+      return all_rows_finite(p.v, to - from, p.head_dim_v, [&](int64_t j) INLINE_LAMBDA { return row(from + j); });
+    };
+    if (by_options == Shown::kSome) return !finite(0, keys);
+    return !(finite(0, common.lo) && finite(common.hi, keys));
   }
 };

@@ -41,20 +41,14 @@ INLINE void store_transposed(const Real* from, int64_t dims, const View& x, cons
         rows[i] = d + i < dims ? load(from + (d + i) * N * kWidth + n * kWidth) * factor[n] : Vec{};
       transpose(rows);
       for (int i = 0; i < kWidth; ++i)
-        if (char* to = row(n * kWidth + i)) store_elements(x.element, to + d * x.dim, x.dim, dims - d, rows[i]);
+        if (char* to = row(n * kWidth + i)) store_row(x.element, to + d * x.dim, x.dim, dims - d, rows[i]);
     }
 }
 
 // to[r][d] = from[r][d] as Reals, each row in whole vectors.
 inline void copy_rows(Real* to, const View& x, const char* from, int64_t rows, int64_t dims) {
-  for (int64_t r = 0; r < rows; ++r, from += x.seq, to += whole_vectors(dims)) {
-    int64_t d = 0;
-#if !defined(REAL_IS_DOUBLE)
-    for (; is_dense_half(x.element, x.dim, dims - d); d += kWidth)
-      store(to + d, widen(x.element, read<HalfVec>(from + d * x.dim)));
-#endif
-    for (; d < dims; d += kWidth) store(to + d, load_elements(x.element, from + d * x.dim, x.dim, dims - d));
-  }
+  for (int64_t r = 0; r < rows; ++r, from += x.seq, to += whole_vectors(dims))
+    for (int64_t d = 0; d < dims; d += kWidth) store(to + d, load_row(x.element, from + d * x.dim, x.dim, dims - d));
 }
 
 // Rows as Reals: where they are, or copied to `copy`.
@@ -65,13 +59,26 @@ INLINE Broadcast real_rows(const View& x, const char* from, int64_t rows, int64_
   return {copy, whole_vectors(dims), 1};
 }
 
-// Whether none of a matrix's elements is infinite or NaN.
-inline bool all_rows_finite(const View& x, const char* from, int64_t rows, int64_t dims) {
+// Whether none of the elements of rows is infinite or NaN; row(r) is where one begins.
+template <class Row>
+INLINE bool all_rows_finite(const View& x, int64_t rows, int64_t dims, Row&& row) {
   Vec check{};
-  for (int64_t r = 0; r < rows; ++r, from += x.seq)
-    for (int64_t d = 0; d < dims; d += kWidth) {
-      const Vec row = load_elements(x.element, from + d * x.dim, x.dim, dims - d);
-      check += row - row;
+  BitVec found{};
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* const from = row(r);
+    int64_t d = 0;
+#if !defined(REAL_IS_DOUBLE)
+    for (; is_dense_half(x.element, x.dim, dims - d) && d + 2 * kWidth <= dims; d += 2 * kWidth)
+      found |= not_finite(x.element, read<BitVec>(from + d * x.dim));
+#endif
+    for (; d < dims; d += kWidth) {
+      const Vec elements = load_elements(x.element, from + d * x.dim, x.dim, dims - d);
+      check += elements - elements;
     }
-  return all_zero(check);
+  }
+  return all_zero(check) && all_zero(__builtin_convertvector(found, Vec));
+}
+
+inline bool all_rows_finite(const View& x, const char* from, int64_t rows, int64_t dims) {
+  return all_rows_finite(x, rows, dims, [&](int64_t r) INLINE_LAMBDA { return from + r * x.seq; });
 }

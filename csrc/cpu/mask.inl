@@ -1,8 +1,15 @@
-// Visibility on vectors: lane i of a block of queries sees the keys [lo[i], hi[i]) of a tile.
+// Visibility on vectors: lane i of a block of queries sees those of a tile's keys [lo[i], hi[i]) that its mask shows.
+
+constexpr int kBlockN = 128;  // keys of a tile
+constexpr int kWordBits = 8 * sizeof(Bits);
+
+// What a tile of pairs shows.
+enum class Shown { kNone, kSome, kAll };
 
 template <int N>
 struct LaneMask {
-  IntVec lo[N], hi[N];  // counted from the tile's first key
+  IntVec lo[N], hi[N];                 // counted from the tile's first key
+  const BitVec (*shown)[N] = nullptr;  // by a mask: bit b of shown[w] is that of key w * kWordBits + b
 
   // `query` counts from first_query, lane by lane.
   INLINE LaneMask(const Visibility& rows, int64_t first_query, const IntVec (&query)[N], int64_t first_key) {
@@ -23,5 +30,9 @@ struct LaneMask {
       hi[lane / kWidth][lane % kWidth] = lo[lane / kWidth][lane % kWidth];
   }
 
-  INLINE IntVec sees(Int key, int n) const { return (lo[n] <= key) & (hi[n] > key); }
+  INLINE IntVec sees(Int key, int n) const {
+    const IntVec inside = (lo[n] <= key) & (hi[n] > key);
+    if (!shown) return inside;
+    return inside & (IntVec)((shown[key / kWordBits][n] & Bits(1) << key % kWordBits) != Bits(0));
+  }
 };

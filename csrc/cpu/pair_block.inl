@@ -26,7 +26,7 @@ struct PairBlock {
   OptionScratch& scratch;
 
   bool load_options(const LaneMask<N>& mask) const {
-    return options().load_shift(keys, mask, false, scratch.shift, scratch.spare) != Shown::kNone;
+    return options().load_shift(keys, mask, scratch.shift) != Shown::kNone;
   }
 
   void clear() const {
@@ -49,7 +49,7 @@ struct PairBlock {
       Vec steepness = broadcast(Real(1));
       const Vec x = given.score(load(weights + at), shift, &steepness);
       const auto hidden = shift == -kInfinity;
-      const Vec weight = hidden ? Vec{} : probability(x, lse[n], rest[n]);
+      const Vec weight = hidden ? Vec{} : probability<RealOperands>(x, lse[n], rest[n]);
       const Vec ds = hidden ? Vec{} : weight * (load(dscores + at) * kept - delta[n]);
       store(weights + at, weight * kept);
       store(dscores + at, hidden ? Vec{} : ds * steepness);  // of a hidden NaN the steepness is NaN

@@ -13,9 +13,6 @@ inline Real finite(double x) {
 }
 inline Real base2_scale(const AttentionParams& p) { return finite(p.scale * kLog2EOf64); }
 
-// What a tile of pairs shows: kUnchanged is kAll, and no score changes either.
-enum class Shown { kNone, kSome, kAll, kUnchanged };
-
 template <int N>
 struct PairOptions {
   const AttentionParams& p;
@@ -24,9 +21,8 @@ struct PairOptions {
   Vec slope[N];
   Vec cap, inverse_cap;  // of base 2; 2 / softcap
 
-  static bool given(const AttentionParams& p) {
-    return p.mask.data || p.bias.data || p.slopes || p.softcap != 0.0 || p.dropout_seed;
-  }
+  static bool given(const AttentionParams& p) { return p.mask.data || p.dropout_seed || change_scores(p); }
+  static bool change_scores(const AttentionParams& p) { return p.bias.data || p.slopes || p.softcap != 0.0; }
 
   INLINE PairOptions(const AttentionParams& params, const LaneRows& of, const Visibility& sees)
       : p(params),
@@ -51,32 +47,30 @@ struct PairOptions {
     return x < Real(0) ? -x : x;
   }
 
-  // shift for some keys, unless no pair is visible or nothing changes. `common`: every row sees all keys, but for mask
-  // and bias. `spare` is another tile, to work in.
-  INLINE Shown load_shift(Interval keys, const LaneMask<N>& mask, bool common, Real* shift, Real* spare) const {
-    const Shown by_mask = p.mask.data ? shown_by_mask(keys) : Shown::kAll;
+  // shift for some keys, unless no pair is visible.
+  INLINE Shown load_shift(Interval keys, LaneMask<N> mask, Real* shift) const {
+    MaskBits<N> bits;
+    const Shown by_mask = p.mask.data ? bits.load(p.mask, rows, keys) : Shown::kAll;
     if (by_mask == Shown::kNone) return by_mask;
-    if (by_mask == Shown::kAll && common && !p.bias.data && !p.slopes && p.softcap == 0.0) return Shown::kUnchanged;
-    if (p.bias.data) load_pairs(p.bias, keys, shift);
-    if (by_mask == Shown::kSome) load_pairs(p.mask, keys, spare);
+    if (by_mask == Shown::kSome) mask.shown = bits.words;
+    if (p.bias.data) load_bias(keys, shift);
     Vec position[N];
     if (p.slopes) positions(keys, position);
-    const Vec hidden = broadcast(-kInfinity), largest = broadcast(Real(3e38));
+    const Vec hidden = broadcast(-kInfinity), largest = broadcast(Real(3e38 / kLog2EOf64));
     IntVec any{}, all = ~IntVec{};
     for (int64_t j = 0; j < keys.hi - keys.lo; ++j)
       repeat<N>(EACH(n) {
         const int64_t at = (j * N + n) * kWidth;
         Vec x{};
         if (p.bias.data) {
-          const Vec bias = load(shift + at);
-          x = bias * kLog2E;
+          x = load(shift + at);
           if constexpr (sizeof(Real) == 4) {  // a finite bias near the largest float stays finite
-            x = x > largest && bias <= largest ? largest : x;
-            x = x < -largest && bias > hidden ? -largest : x;
+            x = x > largest && x < -hidden ? largest : x;
+            x = x < -largest && x > hidden ? -largest : x;
           }
+          x = x * kLog2E;
         }
         if (p.slopes) x = fused(-slope[n], distance(position[n], j), x);
-        if (by_mask == Shown::kSome) x = load(spare + at) != Real(0) ? x : hidden;
         x = mask.sees(Int(j), n) ? x : hidden;
         any |= x != hidden;
         all &= x != hidden;
@@ -110,28 +104,16 @@ struct PairOptions {
   }
 
  private:
-  // What a mask shows of some keys; byte by byte is fast where they are dense, and elsewhere nobody knows.
-  Shown shown_by_mask(Interval keys) const {
-    if (p.mask.dim > 1) return Shown::kSome;
-    const int64_t count = p.mask.dim == 0 ? 1 : keys.hi - keys.lo;
-    uint8_t any = 0, all = 1;
-    const char* before = nullptr;
-    for (int lane = 0; lane < rows.count; ++lane) {
-      const char* const row = rows.row(p.mask, lane) + keys.lo * p.mask.dim;
-      if (row == before) continue;
-      before = row;
-      for (int64_t j = 0; j < count; ++j) any |= uint8_t(row[j]), all &= uint8_t(row[j]);
-    }
-    return all ? Shown::kAll : any ? Shown::kSome : Shown::kNone;
-  }
-
-  // to[key][lane] = x[lane's row, key]
-  void load_pairs(const View& x, Interval keys, Real* to) const {
+  // to[key][lane] = bias[lane's row, key]
+  void load_bias(Interval keys, Real* to) const {
+    const View& x = p.bias;
     const int64_t count = keys.hi - keys.lo;
-    const auto row = [&](int lane) {
-      char* const at = rows.row(x, lane);
-      return at ? at + keys.lo * x.dim : nullptr;
-    };
+    const char* from[N * kWidth];
+    for (int lane = 0; lane < N * kWidth; ++lane) {
+      const char* const at = rows.row(x, lane);
+      from[lane] = at ? at + keys.lo * x.dim : nullptr;
+    }
+    const auto row = [&](int lane) INLINE_LAMBDA { return from[lane]; };
     bool one_row = true;
     for (int lane = 1; lane < rows.count; ++lane) one_row &= row(lane) == row(0);
     if (x.dim != 0 && !one_row) return load_transposed<N>(to, count, x, Real(1), row);

@@ -22,6 +22,13 @@ struct QueryBlock {
     return QueryBlock(p, member, kv_head, rows, {first, first + count}, index % per_head == 0);
   }
 
+  // Up to kLanes queries of one head, from `first` on.
+  static INLINE QueryBlock of_head(const AttentionParams& p, const Member& member, int64_t head, int64_t first) {
+    const int64_t count = smaller(kLanes, member.seqlen_q - first);
+    const LaneRows rows = LaneRows::of_one_head(member, head, first, count);
+    return QueryBlock(p, member, head / (p.heads / p.kv_heads), rows, {first, first + count}, false);
+  }
+
   // The rows of out, and of q in the block that comes next: 10 % of the time where many heads do not fit the cache.
   INLINE void prefetch_rows() const {
     for (int lane = 0; lane < rows.count; ++lane) {

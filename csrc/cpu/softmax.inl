@@ -24,6 +24,7 @@ struct OnlineSoftmax {
   }
 
   // scores -> p, in place
+  template <Vec (*kPower)(Vec) = exp2>
   INLINE void update(Real* scores, int64_t keys, const Vec (&tile_max)[N]) {
     Vec tile_sum[N] = {};
     repeat<N>(EACH(n) {
@@ -35,7 +36,7 @@ struct OnlineSoftmax {
     });
     for (int64_t j = 0; j < keys; ++j, scores += N * kWidth)
       repeat<N>(EACH(n) {
-        const Vec p = exp2(load(scores + n * kWidth) - pivot[n]);
+        const Vec p = kPower(load(scores + n * kWidth) - pivot[n]);
         tile_sum[n] += p;
         store(scores + n * kWidth, p);
       });

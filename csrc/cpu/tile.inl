@@ -85,6 +85,20 @@ struct Tile {
       });
   }
 
+  // The same with b, of which row m sees no more than the bits shown(a[m, k]); where those are none, a must be 0.
+  template <class Product = Fma, class F>
+  INLINE void multiply_add_terms(Broadcast a, const Real* b, int64_t b_row, int64_t steps, F&& shown) {
+    for (int64_t k = 0; k < steps; ++k)
+      repeat<M>(EACH(m) {
+        const Vec x = Product::broadcast(a.data + m * a.row + k * a.step);
+        const IntVec bits = shown(x);
+        repeat<N>(EACH(n) {
+          const Vec row = (Vec)((IntVec)load(b + k * b_row + n * kWidth) & bits);
+          at[m][n] = Product::multiply_add(x, row, at[m][n]);
+        });
+      });
+  }
+
   // at[m][n] = f(at[m][n], m, n)
   template <class F>
   INLINE void map(F&& f) {

@@ -84,6 +84,19 @@ INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 
+// x, but no more than the bound; a NaN stays.
+INLINE Vec no_more_than(Vec bound, Vec x) {
+#if defined(ISA_AVX512)
+  return JOIN(_mm512_min_, SUFFIX)(bound, x);
+#elif defined(ISA_AVX2)
+  return JOIN(_mm256_min_, SUFFIX)(bound, x);
+#elif defined(__SSE2__)
+  return JOIN(_mm_min_, SUFFIX)(bound, x);
+#else
+  return x > bound ? bound : x;
+#endif
+}
+
 // Products of the lower halves of 64-bit lanes.
 INLINE WideVec multiply_halves(WideVec a, uint32_t b) {
 #if defined(ISA_AVX512)
@@ -106,6 +119,8 @@ constexpr Real kExp2Series[] = {
 #else
 // The same, minimax of degree 6: 2^f is within 0.7 units in the last place.
 constexpr Real kExp2Series[] = {1.5353362e-4f, 1.3398874e-3f, 9.618437e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f};
+// Of degree 4: within 2^-18, for what is rounded to 16 bits anyhow.
+constexpr Real kShortExp2Series[] = {9.5828529e-3f, 5.5906426e-2f, 2.4024099e-1f, 6.9312418e-1f};
 #endif
 
 INLINE Vec round_to_integer(Vec x) {
@@ -116,10 +131,11 @@ INLINE Vec round_to_integer(Vec x) {
 #endif
 }
 
-INLINE Vec exp2_series(Vec f) {
-  Vec p = broadcast(kExp2Series[0]);
+template <size_t kTerms>
+INLINE Vec exp2_series(const Real (&series)[kTerms], Vec f) {
+  Vec p = broadcast(series[0]);
 #pragma GCC unroll 16
-  for (size_t i = 1; i < sizeof(kExp2Series) / sizeof(Real); ++i) p = fused(p, f, broadcast(kExp2Series[i]));
+  for (size_t i = 1; i < kTerms; ++i) p = fused(p, f, broadcast(series[i]));
   return p;
 }
 
@@ -134,14 +150,16 @@ INLINE Vec times_power_of_2(Vec p, Vec n) {
 
 // 2^x = 2^n p(x - n) with n = round(x).
 // Exactly 0 for -inf and NaN for NaN: a hidden score has no weight at all, and a visible NaN is not lost.
-INLINE Vec exp2(Vec x) {
+template <size_t kTerms>
+INLINE Vec exp2_by(const Real (&series)[kTerms], Vec x) {
 #if !defined(ISA_AVX512)
   const Vec floor = broadcast(Real(-kExponentBias));
   x = x < floor ? floor : x;  // a NaN stays
 #endif
   const Vec n = round_to_integer(x), f = x - n;
-  return times_power_of_2(fused(exp2_series(f), f, broadcast(Real(1))), n);
+  return times_power_of_2(fused(exp2_series(series, f), f, broadcast(Real(1))), n);
 }
+INLINE Vec exp2(Vec x) { return exp2_by(kExp2Series, x); }
 
 // tanh(x) = e / (e + 2), e = 2^y - 1 for y = 2 log2(e) x; small x keep their digits, for then n = 0 and e = f p(f).
 INLINE Vec tanh_of(Vec y) {
@@ -149,7 +167,7 @@ INLINE Vec tanh_of(Vec y) {
   y = y > far ? far : y;
   y = y < -far ? -far : y;  // a NaN stays
   const Vec n = round_to_integer(y), f = y - n, power = times_power_of_2(broadcast(Real(1)), n);
-  const Vec e = fused(exp2_series(f) * f, power, power - Real(1));
+  const Vec e = fused(exp2_series(kExp2Series, f) * f, power, power - Real(1));
   return e / (e + Real(2));
 }
 
@@ -174,12 +192,22 @@ INLINE Vec log(Vec x) {
 #endif
 }
 
+template <int kBy, int... I>
+INLINE Vec rotate(Vec x, int_list<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, (I + kBy) % kWidth...);
+#else
+  return __builtin_shuffle(x, IntVec{(I + kBy) % kWidth...});
+#endif
+}
+
+// The sum of all lanes, by halves.
+template <int kHalf = kWidth / 2>
 INLINE Real sum(Vec x) {
-  Real total = 0;
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  total += x[0];
-  return total;
+  if constexpr (kHalf == 0)
+    return x[0];
+  else
+    return sum<kHalf / 2>(x + rotate<kHalf>(x, make_int_list<kWidth>{}));
 }
 
 INLINE bool all_zero(Vec x) {

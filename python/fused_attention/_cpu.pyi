@@ -10,6 +10,12 @@ def forward(tensors: Arguments, sizes: Arguments, visible: Arguments, options: A
 def backward(
     tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, threads: int, gradients: Arguments, /
 ) -> None: ...
+def weights(
+    tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, threads: int, average: bool, /
+) -> None: ...
+def decode_pages(
+    tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, threads: int, pages: Arguments, /
+) -> bool: ...
 
 Matrix = tuple[int, int, int]  # the address, and the strides of rows and columns; 0 for none
 

@@ -57,11 +57,9 @@ class Arguments:
         right = UNBOUNDED if problem.window_right is None else min(problem.window_right, FAR)
         if problem.kv_lengths is None and problem.offset is None:
             return left, right, 0, 0, 0, 0, 0, 0
-        starts, ends, stride = 0, self._integers(problem.kv_lengths), 0
-        if problem.kv_lengths is not None:
-            stride = problem.kv_lengths.dim()
-            if stride == 2:
-                starts, ends = ends, ends + 8
+        starts, ends, stride = 0, self._integers(problem.kv_lengths), 1
+        if problem.kv_lengths is not None and problem.kv_lengths.dim() == 2:
+            starts, ends, stride = ends, ends + 8, 2
         if isinstance(problem.offset, Tensor):
             return left, right, starts, ends, stride, self._integers(problem.offset), 0, 0
         offset = max(-FAR, min(problem.offset or 0, FAR))
@@ -85,8 +83,10 @@ class Arguments:
         )
 
     def _integers(self, tensor: Tensor | None) -> int:
-        """The address of contiguous int64 values."""
-        return 0 if tensor is None else self._keep(tensor.to(torch.int64).contiguous())
+        """The address of contiguous int64 values: a copy, for kernels clamp them more than once, and another thread may write to them."""
+        if tensor is None:
+            return 0
+        return self._keep(tensor.to(torch.int64, copy=True, memory_format=torch.contiguous_format))
 
     def _reals(self, tensor: Tensor | None, problem: Problem) -> int:
         """The address of contiguous values of the type that sums are kept in."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import os
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cpu_arguments import Arguments, pairs_view, view
-from .problem import AttentionOutput, Gradients, Problem, empty_output
+from .problem import AttentionOutput, Gradients, Known, Problem, empty_output
 
 # A forked child inherits OpenMP's pool without its threads, and would wait for them for ever.
 _PROCESS = os.getpid()
@@ -40,9 +41,15 @@ class CpuBackend:
         single = problem.seqlen_q * problem.group == 1 and not problem.hides and not problem.gradients
         if single and ragged and problem.dtype is torch.float32:
             return f"a single query with rows of no whole vectors of {VECTOR} fills one lane, and PyTorch's own kernel is faster there"
+        if _is_baseline():
+            return "of this CPU's instruction sets only the baseline is known here, and PyTorch's own kernels use more of it"
+        if problem.dtype is torch.bfloat16 and _multiplies_tiles() and problem.seqlen_q > 1 and _is_plain(problem):
+            return "this CPU multiplies tiles of bfloat16 (AMX), which PyTorch's own kernel uses and the cpu backend does not"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
+        if isinstance(problem, Known) and problem.notes is not None:
+            return _run_again(q, k, v, problem, problem.notes)
         out, lse = _empty(q, problem)
         call = Arguments(q, k, v, out, lse, problem)
         _module().forward(call.tensors, call.sizes, call.visible, call.options, threads())
@@ -75,6 +82,38 @@ class CpuBackend:
             alibi_slopes=_slope_gradient(dslopes, problem.alibi_slopes),
             sinks=_sink_gradient(problem.sinks, lse, delta),
         )
+
+
+class Prepared(NamedTuple):
+    """A call of forward that lacks nothing but its addresses."""
+
+    arguments: Arguments
+    views: tuple[tuple[int, ...], ...]  # of q, k, v and out without their addresses
+    lse_strides: tuple[int, int]
+    rows: tuple[int, ...]  # of lse
+    dtype: torch.dtype
+    like_q: bool  # out
+
+
+def _run_again(q: Tensor, k: Tensor, v: Tensor, problem: Problem, notes: dict[str, Any]) -> AttentionOutput:
+    """forward for a problem without tensors: what follows from its facts is made once."""
+    known: Prepared | None = notes.get("cpu")
+    if known is None:
+        out, lse = _empty(q, problem)
+        made = Arguments(q, k, v, out, lse, problem)
+        views = tuple(view[1:] for view in made.tensors[:4])
+        known = Prepared(made, views, made.tensors[5:], tuple(lse.shape), lse.dtype, problem.head_dim == problem.head_dim_v)
+        notes["cpu"] = known
+    call, views, lse_strides, rows, dtype, like_q = known
+    out = torch.empty_like(q) if like_q else empty_output(q, problem.head_dim_v)
+    lse = torch.empty(rows, dtype=dtype, device="cpu")
+    of_q, of_k, of_v, of_out = views
+    tensors = (
+        *((q.data_ptr(), *of_q), (k.data_ptr(), *of_k), (v.data_ptr(), *of_v), (out.data_ptr(), *of_out)),
+        *(lse.data_ptr(), *lse_strides),
+    )
+    _module().forward(tensors, call.sizes, call.visible, call.options, threads())
+    return AttentionOutput(out, lse)
 
 
 def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -121,6 +160,24 @@ def _module() -> ModuleType:
     from . import _cpu
 
     return _cpu
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Whether PyTorch's fused kernel computes it too: without an option that is a tensor or bends the scores, and no window to the left."""
+    changes = (problem.window_left, problem.softcap, problem.dropout_seed, problem.alibi_slopes, problem.sinks, problem.cu_seqlens_q)
+    return all(x is None for x in (*changes, problem.mask, problem.bias, problem.kv_lengths))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler can't trace into compiled modules
+def _is_baseline() -> bool:
+    return _unavailable() is None and _module().isa() == "baseline"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler can't trace into compiled modules
+def _multiplies_tiles() -> bool:
+    """Whether this CPU has AMX, and the system lets processes use it; False where PyTorch does not say."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, dropout, jagged, ops, reference
+from . import autocast, cpu_weights, dropout, jagged, ops, reference
 from .backend import REFERENCE, Explanation, explanation
 from .plans import plan
 from .problem import AttentionOutput
@@ -215,6 +215,8 @@ def attention_weights(
     if problem.dropout_p > 0 and dropout_seed is None:
         raise ValueError(f"dropout_p is {dropout_p}, dropout_seed is None: pass the forward's seed, else other weights are dropped")
     with autocast.off(q.device):
+        if cpu_weights.computes(q, k, lse, problem):
+            return cpu_weights.attention_weights(q, k, lse, problem, average_heads)
         weights = reference.attention_weights(q, k, lse, problem, average_heads)
     return weights.to(problem.dtype)
 
@@ -268,19 +270,24 @@ _EXPLAINED = frozenset(inspect.signature(check).parameters) - {"q", "k", "v", "p
 
 
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The options among a public function's arguments that were given."""
-    return {name: value for name, value in arguments.items() if value is not None and name not in _OPERANDS}
+    """The options among a public function's arguments that were given; what is the default itself was not."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and value is not _NO_DROPOUT and name not in _OPERANDS and not (value is False and name == "causal")
+    }
 
 
+_NO_DROPOUT = inspect.signature(attention).parameters["dropout_p"].default
 _OPERANDS = frozenset(("q", "k", "v", "lse", "average_heads", "backend", "rejected"))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> AttentionOutput:
     q, k, v = autocast.cast(q, k, v)
-    problem, name = plan(q, k, v, options, backend)
+    problem, name, tensors = plan(q, k, v, options, backend)
     if problem.dropout_p > 0 and problem.dropout_seed is None:
         problem = problem._replace(dropout_seed=dropout.new_seed(q.device))
     if name != REFERENCE:
-        return ops.run(q, k, v, problem, name)
+        return ops.run(q, k, v, problem, name, tensors)
     with autocast.off(q.device):
         return reference.attention(q, k, v, problem)

@@ -38,14 +38,13 @@ backward_op = torch.ops.fused_attention.backward.default
 
 Arguments = tuple[Any, ...]  # of forward_op; [3:] of it are the options
 TENSORS = 12  # the arguments before the scalars
-FIRST_OPTION = Problem._fields.index("window_left")
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> AttentionOutput:
-    """out and lse of a checked problem on a chosen kernel backend, under whatever transform is active."""
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str, tensors: tuple[Tensor, ...]) -> AttentionOutput:
+    """out and lse of a checked problem on a chosen kernel backend, under whatever transform is active; tensors: of the options."""
     if torch.compiler.is_compiling():
         return AttentionOutput(*forward_op(q, k, v, *_options(problem), backend))
-    if not problem.gradients and unheard(q, k, v, *problem[FIRST_OPTION:]):
+    if not problem.gradients and unheard(q, k, v, *tensors):
         return KERNELS[backend].forward(q, k, v, problem)
     arguments = (q, k, v, *_options(problem), backend)
     if forward_ad._current_level >= 0 or _levels("Jvp") or _levels("Grad") > 1:

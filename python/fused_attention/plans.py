@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose
-from .problem import ORDINARY, Problem
+from .problem import ORDINARY, Known, Problem
 from .validation import check
 
 SCALARS = frozenset((bool, int, float, NoneType))
@@ -22,6 +22,7 @@ MOST = 4096  # plans, with ever new lengths; then they are made anew
 class Plan(NamedTuple):
     problem: Problem
     backend: str
+    tensors: tuple[Tensor, ...]  # the options that are
 
 
 class Remembered(NamedTuple):
@@ -39,12 +40,12 @@ def plan(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str 
     if known is not None:
         if not known.tensors:
             return known.plan
-        return known.plan._replace(problem=known.plan.problem._replace(**{field: options[name] for field, name in known.tensors}))
+        given = {field: options[name] for field, name in known.tensors}
+        return Plan(known.plan.problem._replace(**given), known.plan.backend, tuple(given.values()))
     problem = check(q, k, v, **options)
-    made = Plan(problem, choose(problem, backend))
-    if key is not None:
-        _remember(key, made, options)
-    return made
+    fields = {field: value for field, value in problem._asdict().items() if isinstance(value, Tensor)}
+    made = Plan(problem, choose(problem, backend), tuple(fields.values()))
+    return made if key is None else _remember(key, made, fields, options)
 
 
 def forget() -> None:
@@ -52,17 +53,20 @@ def forget() -> None:
     _remembered.clear()
 
 
-def _remember(key: tuple[Any, ...], made: Plan, options: dict[str, Any]) -> None:
+def _remember(key: tuple[Any, ...], made: Plan, fields: dict[str, Tensor], options: dict[str, Any]) -> Plan:
     if len(_remembered) >= MOST:
         forget()
+    if not fields:
+        known = Known(*made.problem)
+        known.notes = {}
+        made = made._replace(problem=known)
+        _remembered[key] = Remembered(made, ())
+        return made
     # A field bears the name of its option, but for the keys of packed sequences, which default to the queries'.
-    tensors = tuple(
-        (field, field if field in options else "cu_seqlens_q")
-        for field, value in made.problem._asdict().items()
-        if isinstance(value, Tensor)
-    )
-    nothing: dict[str, Any] = {field: None for field, _ in tensors}
-    _remembered[key] = Remembered(made._replace(problem=made.problem._replace(**nothing)), tensors)
+    tensors = tuple((field, field if field in options else "cu_seqlens_q") for field in fields)
+    nothing: dict[str, Any] = dict.fromkeys(fields)
+    _remembered[key] = Remembered(Plan(made.problem._replace(**nothing), made.backend, ()), tensors)
+    return made
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> tuple[Any, ...] | None:

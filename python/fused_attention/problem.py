@@ -9,7 +9,7 @@ with [start, end) = [0, seqlen_k) or kv_lengths clamped to it, and offset = end 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +121,12 @@ class Problem(NamedTuple):
         """Whether some pair may be hidden: only then can a hidden NaN exist that must not leak."""
         hiders = (self.window_left, self.window_right, self.mask, self.bias, self.kv_lengths, self.cu_seqlens_q)
         return any(hider is not None for hider in hiders)
+
+
+class Known(Problem):
+    """A problem without tensors that later calls will have again; a copy with other facts has no notes."""
+
+    notes: dict[str, Any] | None = None  # what a backend made of it, by the backend's name
 
 
 def empty_output(q: Tensor, head_dim_v: int) -> Tensor:

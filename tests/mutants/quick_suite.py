@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,17 +51,24 @@ def check_gradients_of_out_alone() -> None:
         check(inputs.run("torch"), inputs.truth())
 
 
-def check_weights() -> None:
-    from fused_attention import attention_weights
+def check_weights(defined: bool = True) -> None:
+    from fused_attention import attention_weights, cpu_weights
     from fused_attention.testing import CASES as ALL
+    from fused_attention.testing import Case
 
-    inputs = next(case for case in ALL if case.name == "everything").make()
-    truth = inputs.truth(backward=False)
-    weights = attention_weights(inputs.q, inputs.k, truth.lse.float(), **inputs.options)
-    for member in range(truth.call.batch):
-        for index in range(truth.call.heads):
-            head = truth.call.head(member, index)
-            torch.testing.assert_close(weights[member, index].double(), head.weights * head.dropout, rtol=1e-4, atol=1e-6)
+    if defined:
+        cpu_weights.computes = lambda *_: False
+    cases = [case for case in ALL if case.name in ("everything", "many-heads", "no-visible-keys", "first-rows-empty")]
+    for case in (*cases, Case("tiles", batch=1, seqlen_q=39, seqlen_k=270, causal=True, kv_lengths=((140, 270),))):
+        inputs = case.make()
+        truth = inputs.truth(backward=False)
+        weights = attention_weights(inputs.q, inputs.k, truth.lse.float(), **inputs.options)
+        mean = attention_weights(inputs.q, inputs.k, truth.lse.float(), average_heads=True, **inputs.options)
+        for member in range(truth.call.batch):
+            heads = [truth.call.head(member, index) for index in range(truth.call.heads)]
+            expected = torch.stack([head.weights if head.dropout is None else head.weights * head.dropout for head in heads])
+            torch.testing.assert_close(weights[member].double(), expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mean[member].double(), expected.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def check_merge() -> None:
@@ -128,10 +136,27 @@ CPU_CASES = (
 )  # fmt: skip
 
 
+def check_pairs() -> None:
+    """In bfloat16 some kernels add up pairs, and the last dim, query or key may be alone."""
+    from fused_attention.testing import Case, check
+
+    base = Case("pairs", batch=1, seqlen_q=37, seqlen_k=139, head_dim=25, dtype=torch.bfloat16)
+    few = replace(base, seqlen_q=11, seqlen_k=11, causal=True, offset=-1)
+    for case in (base, replace(few, seqlen_q=12, seqlen_k=12, causal=False), few):
+        inputs = case.make()
+        check(inputs.run("cpu"), inputs.truth())
+    hidden = replace(base, kv_lengths=((2, 133),), causal=True).make()
+    k, v = hidden.k.clone(), hidden.v.clone()
+    k[:, :, 133], v[:, :, 133] = torch.nan, torch.inf
+    check(hidden.changed(k=k, v=v).run("cpu"), hidden.truth())
+
+
 def check_cpu_kernels() -> None:
     from fused_attention.testing import CASES as ALL
     from fused_attention.testing import Case, check
 
+    check_weights(defined=False)
+    check_pairs()
     cases = [case for case in ALL if case.name in CPU_CASES]
     for inputs in [case.make() for case in cases]:
         check(inputs.run("cpu"), inputs.truth())

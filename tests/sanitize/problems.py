@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_attention import PagedKVCache, attention_weights, attention_with_cache, attention_with_lse
 from fused_attention.layer_ops import gate, norm, projection, rotation
 from fused_attention.testing import CASES, Case, Inputs, check
+from fused_attention.testing.tier1 import tier1
 
 Results = dict[str, Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,8 +45,13 @@ def all_problems() -> Iterator[Problem]:
         yield attention(case)
     for case in LONG:
         for dtype in DTYPES:
-            yield attention(replace(case, name=f"{case.name}-{str(dtype).removeprefix('torch.')}", dtype=dtype))
+            each = replace(case, name=f"{case.name}-{str(dtype).removeprefix('torch.')}", dtype=dtype)
+            yield attention(each)
+            if case.lengths_q is None:
+                yield weights(each)
+    yield from pages()
     yield from hostile()
+    yield from hostile_pages()
     yield from layer()
 
 
@@ -58,6 +66,57 @@ def attention(case: Case) -> Problem:
     inputs = case.make()
     truth = functools.cache(inputs.truth)
     return Problem(f"attention {case.name}", lambda: inputs.run("cpu"), lambda results: check(results, truth()))
+
+
+def weights(case: Case) -> Problem:
+    """The weights and their mean over heads. With one-hot values out is the weights, so its bound is theirs too."""
+    inputs = case.make()
+    eye = torch.eye(inputs.k.shape[2], dtype=inputs.k.dtype)
+    truth = functools.cache(inputs.changed(v=eye.expand(*inputs.k.shape[:2], *eye.shape)).truth)
+
+    def run() -> Results:
+        lse = attention_with_lse(inputs.q, inputs.k, inputs.v, **inputs.options, backend="cpu").lse
+        averages = {"weights": False, "mean": True}
+        return {name: attention_weights(inputs.q, inputs.k, lse, average_heads=mean, **inputs.options) for name, mean in averages.items()}
+
+    def judge(results: Results) -> None:
+        exact, bound, heads = truth(backward=False).out, tier1(truth(backward=False))["out"], inputs.q.shape[1]
+        stored, summed = (torch.finfo(dtype).eps for dtype in (case.dtype, torch.promote_types(case.dtype, torch.float32)))
+        # Of the mean: one more rounding a head, and the stored one, of numbers that are at most 1 / (1 - p).
+        more = (stored + (heads + 1) * summed) / (1 - case.dropout_p if case.dropout_p < 1 else 1.0)
+        for name, expected, allowed in (("weights", exact, bound), ("mean", exact.mean(1), bound.mean(1) + more)):
+            error = (results[name].double() - expected).abs()
+            if not (error <= allowed).all():
+                raise AssertionError(f"{name} of {case.name} are off by {(error / allowed).nan_to_num().max():.3g} bounds")
+
+    return Problem(f"weights {case.name}", run, judge)
+
+
+def pages() -> Iterator[Problem]:
+    """Few queries to keys in pages: pages within a tile, across its end, and of several ranges."""
+    for dtype in DTYPES:
+        for size, rows in ((1, 37), (5, 300), (128, 130), (200, 1100)):
+            cache = paged(size, 3 * rows // size + 4, dtype)
+            for member, length in enumerate((rows, 1, rows - 9)):
+                cache.append(normal(1, 2, length, 32).to(dtype), normal(1, 2, length, 48).to(dtype), members=[member])
+            cache.pad_left(torch.tensor([0, 0, 11]))
+            options = {"causal": True, "softcap": 3.0, "sinks": normal(4), "alibi_slopes": normal(4)} if size == 5 else {}
+            q = normal(3, 4, 2, 32).to(dtype)
+            seen = {"kv_lengths": cache.ranges, **options}
+            truth = functools.cache(functools.partial(Inputs(q, *cache.keys_of(range(3)), seen, q, None).truth, backward=False))
+            run = functools.partial(attend_pages, q, cache, **options)
+            yield Problem(f"pages of {size} {dtype}", run, lambda results, truth=truth: check(results, truth()))
+
+
+def paged(size: int, count: int, dtype: torch.dtype = torch.float32, members: int = 3) -> PagedKVCache:
+    cache = PagedKVCache(members, count, 2, 32, 48, page_size=size, dtype=dtype)
+    for x in (cache.k, cache.v):
+        x.copy_(normal(*x.shape))
+    return cache
+
+
+def attend_pages(q: Tensor, cache: PagedKVCache, **options: Any) -> Results:
+    return {"out": attention_with_cache(q, cache, backend="cpu", **options)}
 
 
 def hostile() -> Iterator[Problem]:
@@ -81,6 +140,25 @@ def hostile() -> Iterator[Problem]:
     }.items():
         # Members that overlap write the same rows, in whatever order threads come to them.
         yield unjudged(f"hostile {name}", packed.changed(options=options), repeats=False)
+
+
+def hostile_pages() -> Iterator[Problem]:
+    """Page tables and ranges that hold anything; the host believes in ten pages each."""
+    numbers = torch.tensor([-(2**31), -9, -1, 0, 1, 29, 30, 31, 2**31 - 1], dtype=torch.int32)
+    members = len(numbers)
+    for size in (1, 7, 128):
+        for name, ranges in {
+            "ends": torch.stack([torch.zeros_like(numbers), numbers], 1),
+            "ranges": torch.stack([numbers.roll(4), numbers], 1),
+            "far": torch.tensor([[0, 10**6]], dtype=torch.int32).repeat(members, 1),
+        }.items():
+            cache = paged(size, 30, members=members)
+            cache._lengths = [10 * size] * members
+            cache.page_table.copy_(torch.stack([numbers.roll(shift) for shift in range(members)], 1).repeat(1, 4)[:, :30])
+            cache.ranges.copy_(ranges)
+            for rows in (1, 2, 4):
+                run = functools.partial(attend_pages, normal(members, 2 * rows, 1, 32), cache, causal=True)
+                yield Problem(f"hostile pages of {size}, {name}, {rows} rows", run)
 
 
 def unjudged(name: str, inputs: Inputs, repeats: bool = True) -> Problem:

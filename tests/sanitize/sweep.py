@@ -11,13 +11,13 @@ import argparse
 import faulthandler
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
-from fused_attention import cpu_backend
+from fused_attention import cpu_backend, cpu_pages, cpu_weights
 from fused_attention.layer_ops import cpu as layer_cpu
 
 from .guard_pages import Side, guarded
@@ -38,7 +38,9 @@ LAYER_FUNCTIONS = (
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """The kernels use `count` threads; PyTorch's own operators keep to one, for no sanitizer sees into its pool."""
-    with patch.object(cpu_backend, "threads", lambda: count), patch.object(layer_cpu, "threads", lambda: count):
+    with ExitStack() as stack:
+        for module in (cpu_backend, cpu_pages, cpu_weights, layer_cpu):
+            stack.enter_context(patch.object(module, "threads", lambda: count))
         yield
 
 
@@ -46,7 +48,8 @@ def threads(count: int) -> Iterator[None]:
 def kernels_against_pages(side: Side) -> Iterator[None]:
     """Whatever the kernels read and write borders on unreadable memory."""
     backend = cpu_backend.CpuBackend
-    places = [(backend, "forward"), (backend, "backward"), *((layer_cpu, name) for name in LAYER_FUNCTIONS)]
+    attention = [(backend, "forward"), (backend, "backward"), (cpu_pages, "attend"), (cpu_weights, "attention_weights")]
+    places = [*attention, *((layer_cpu, name) for name in LAYER_FUNCTIONS)]
     patches = [patch.object(place, name, guarded(getattr(place, name), side)) for place, name in places]
     for each in patches:
         each.start()
