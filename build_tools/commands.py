@@ -16,35 +16,42 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 from build_tools.cpu_extension import compile_cpu
-from build_tools.switches import switch
+from build_tools.cuda_extension import compile_cuda
+from build_tools.switches import is_demanded, switch, variable
 
 PACKAGE = Path("python/fused_attention")
+LANGUAGES = {"cpu": "C++", "cuda": "CUDA"}
 
 reasons: dict[str, str | None] = {}  # for each extension None, or why it was not built
 built: dict[str, dict[str, str]] = {}  # for each extension that was built, with what
 
 
 class BuildExt(build_ext):
-    """Builds fused_attention._cpu; without it the distribution becomes pure, unless FUSED_ATTENTION_CPU=1."""
+    """Builds the compiled parts; one that can't be built is left out, unless it was demanded, and without any the distribution is pure."""
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except CompileError as error:
-            if switch("FUSED_ATTENTION_CPU", ("auto", "1", "0")) == "1":
-                raise CompileError(
-                    f"FUSED_ATTENTION_CPU=1 demands the C++ extension, but {error}\nFUSED_ATTENTION_CPU=auto would install without it"
-                ) from error
-            reasons["cpu"] = str(error)
-            self.extensions = []
-            self.distribution.ext_modules = []
+    def build_extensions(self) -> None:
+        for ext in list(self.extensions):
+            part = ext.name.removeprefix("fused_attention._")
+            try:
+                self.build_extension(ext)
+                reasons[part] = None
+            except CompileError as error:
+                if is_demanded(part):
+                    name = variable(part)
+                    demand = f"{name}={switch(name)} demands the {LANGUAGES[part]} extension, but {error}"
+                    raise CompileError(f"{demand}\n{name}=auto would install without it") from error
+                reasons[part] = str(error)
+                self.extensions.remove(ext)
+        self.distribution.ext_modules = self.extensions
+        if not self.extensions:
             self.distribution.get_command_obj("bdist_wheel").root_is_pure = True
 
     def build_extension(self, ext) -> None:  # type: ignore[no-untyped-def]
+        part = ext.name.removeprefix("fused_attention._")
         # A folder of its own: setuptools' temporary one is new for each editable install, and ninja could reuse nothing.
-        objects = Path("build") / f"cpu-{sysconfig.get_config_var('SOABI')}"
-        built["cpu"] = compile_cpu(ext.sources, Path(self.get_ext_fullpath(ext.name)), objects)
-        reasons["cpu"] = None
+        objects = Path("build") / f"{part}-{sysconfig.get_config_var('SOABI')}"
+        build = {"cpu": compile_cpu, "cuda": compile_cuda}[part]
+        built[part] = build(ext.sources, Path(self.get_ext_fullpath(ext.name)), objects)
 
 
 class BuildRecord(Command):
@@ -67,9 +74,9 @@ class BuildRecord(Command):
             f"REASONS: dict[str, str | None] = {reasons!r}\n"
             f"BUILT: dict[str, dict[str, str]] = {built!r}\n"
         )
-        if self.editable_mode and reasons["cpu"]:
+        if self.editable_mode:
             # Left by an earlier editable install, it would be imported as if it were this one's.
-            for stale in PACKAGE.glob("_cpu*.so"):
+            for stale in (path for part, reason in reasons.items() if reason for path in PACKAGE.glob(f"_{part}.*.so")):
                 stale.unlink()
         lines = [
             f"  {name}: " + (f"NOT BUILT, {reason}" if reason else f"built with {built[name]['compiler']}")

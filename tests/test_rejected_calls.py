@@ -173,7 +173,7 @@ WRONG: dict[str, Wrong] = {
     "scale is a bool": dense(TypeError, "scale is True", scale=True),
     "scale is a tensor": dense(TypeError, "scale is tensor(0.5", scale=torch.tensor(0.5)),
     "backend unknown": dense(ValueError, "backend is 'magic'", "'torch'", "'reference'", backend="magic"),
-    "backend planned": dense(NotImplementedError, "backend='cuda'", "not part of this version", backend="cuda"),
+    "backend elsewhere": dense(NotImplementedError, "backend='cuda' can't run this call: ", backend="cuda"),
     "an option that does not exist": dense(TypeError, "is_causal", is_causal=True),
     "with_lse checks the same": Wrong(lambda: attention_with_lse(Q, K, V, softcap=-1.0), ValueError, ("softcap is -1.0",)),
     "explain checks the same": Wrong(lambda: explain(Q, K, V, window=(-1, 0)), ValueError, ("window left is -1",)),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cpu_backend import CpuBackend
+from .cuda_backend import CudaBackend
 from .problem import AttentionOutput, Gradients, Problem
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
@@ -41,36 +42,11 @@ class KernelBackend(Protocol):
         """Gradients for what problem.gradients names; others may be None."""
 
 
-@dataclass(frozen=True)
-class Planned:
-    """The seat of a backend that this version does not have."""
-
-    name: str
-    reason: str
-
-    def unavailable(self) -> str | None:
-        return self.reason
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return self.reason
-
-    def slower(self, problem: Problem) -> str | None:
-        return None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
-        raise NotImplementedError(self.reason)
-
-    def backward(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
-    ) -> Gradients:
-        raise NotImplementedError(self.reason)
-
-
 REFERENCE = "reference"  # no kernel: plain PyTorch that autograd differentiates by itself
 
 KERNELS: dict[str, KernelBackend] = {
     "triton": TritonBackend(),
-    "cuda": Planned("cuda", "the CUDA kernels are not part of this version of fused-attention"),
+    "cuda": CudaBackend(),
     "cpu": CpuBackend(),
     "torch": TorchBackend(),
 }

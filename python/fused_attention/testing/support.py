@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from fused_attention.backend import KERNELS, ORDER, REFERENCE, Planned
+from fused_attention.backend import KERNELS, ORDER, REFERENCE
 from fused_attention.problem import Problem
 from fused_attention.validation import check
 
 BATCH, HEADS, SEQLEN, HEAD_DIM = 2, 4, 8, 16
 HOME = {"triton": (torch.device("cuda", 0), (9, 0)), "cuda": (torch.device("cuda", 0), (9, 0))}  # where a GPU backend would run
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+NARROW = ("cuda",)  # asked about options in bfloat16: that it lacks other types is told once
 
 
 def features() -> dict[str, Problem]:
@@ -31,9 +33,7 @@ def features() -> dict[str, Problem]:
         "sinks and their gradient": {"sinks": per_head},
         "dropout": {"dropout_p": 0.1, "dropout_seed": torch.zeros(2, dtype=torch.int64)},
     }
-    dtypes = {
-        str(dtype).removeprefix("torch."): _problem(dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    }
+    dtypes = {name: _problem(dtype=dtype) for name, dtype in TYPES.items()}
     shapes = {
         "grouped queries (GQA)": _problem(kv_heads=2),
         "head_dim_v of its own": _problem(head_dim_v=24),
@@ -47,16 +47,18 @@ def table() -> str:
     names = [*KERNELS, REFERENCE]
     lines = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + ":-:|" * len(names)]
     for feature, problem in features().items():
-        lines.append(f"| {feature} | " + " | ".join(_cell(name, problem) for name in names) + " |")
+        in_its_type = [problem._replace(dtype=torch.bfloat16) if name in NARROW and feature not in TYPES else problem for name in names]
+        cells = [_cell(name, asked) for name, asked in zip(names, in_its_type, strict=True)]
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _cell(name: str, problem: Problem) -> str:
-    """yes; or which backend the automatic choice takes on that device instead; or nothing, of a backend that does not exist yet."""
+    """yes; or forward alone; or which backend the automatic choice takes on that device instead."""
     if name == REFERENCE or _unsupported(name, problem) is None:
         return "yes"
-    if isinstance(KERNELS[name], Planned):
-        return "–"
+    if _unsupported(name, problem._replace(gradients=frozenset())) is None:
+        return "forward"
     device, _ = HOME.get(name, (problem.device, None))
     return next(f"→ `{other}`" for other in ORDER[device.type] if other != name and _unsupported(other, problem) is None)
 

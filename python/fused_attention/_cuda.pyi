@@ -1,0 +1,19 @@
+"""The compiled kernels of csrc/cuda/bindings.cpp: addresses, strides and a stream, nothing is checked."""
+
+from typing import Any
+
+Arguments = tuple[Any, ...]  # as cpu_arguments.py makes them
+
+def available() -> tuple[int, str, int, int]: ...
+def forward(tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, device: int, stream: int, /) -> None: ...
+def backward(
+    tensors: Arguments,
+    sizes: Arguments,
+    visible: Arguments,
+    options: Arguments | None,
+    gradients: Arguments,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def warmup(device: int, /) -> None: ...
