@@ -127,7 +127,7 @@ def run_module(module: nn.Module, inputs: ModuleInputs, *, needs_mask: bool) -> 
     hidden = None
     if workload.causal and needs_mask:
         # In the type of x: torch.nn turns a bool mask into one at every call.
-        hidden = nn.Transformer.generate_square_subsequent_mask(workload.seqlen_q, dtype=x.dtype)
+        hidden = nn.Transformer.generate_square_subsequent_mask(workload.seqlen_q, device=x.device, dtype=x.dtype)
     padding = inputs.padding
     if hidden is not None and padding is not None:
         padding = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -math.inf)

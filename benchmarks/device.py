@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .contenders import OURS, Contender
+from .device_layers import LAYERS, race, rehearsal_of, steps_of
 from .device_timing import DeviceProtocol, host_seconds
 from .device_workloads import HOST, ITEMS, DeviceItem, rehearsal
 from .measure import Row, measure
@@ -77,8 +78,11 @@ def _steps(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     items = [item for item in ITEMS if args.items is None or item.name in args.items]
     work = _compile if args.compile_only else _measure
     steps: dict[str, Callable[[], dict[str, Any]]] = {item.name: functools.partial(work, item, args) for item in items}
-    if args.items is None and not args.compile_only:
-        steps[HOST_NAME] = functools.partial(_host, args)
+    if args.items is None:
+        layers = _compile_layer if args.compile_only else _layer
+        steps |= {layer.name: functools.partial(layers, layer, args) for layer in LAYERS}
+        if not args.compile_only:
+            steps[HOST_NAME] = functools.partial(_host, args)
     return steps
 
 
@@ -93,10 +97,24 @@ def _device_works() -> bool:
 
 def _measure(item: DeviceItem, args: argparse.Namespace) -> dict[str, Any]:
     chosen = rehearsal(item) if args.rehearse else item
-    protocol = Protocol(least_rounds=2, most_rounds=2, budget=0.0) if args.rehearse else DeviceProtocol()
     dtype = (item.dtype, DTYPES[item.dtype])
-    rows = measure(chosen.workload, "attention", dtype, _contenders(chosen.workload, args), protocol, SEED)
+    rows = measure(chosen.workload, "attention", dtype, _contenders(chosen.workload, args), _protocol(args), SEED)
     return {"workload": asdict(chosen.workload) | {"shape": chosen.workload.shape()}, "rows": [_as_json(row) for row in rows]}
+
+
+def _protocol(args: argparse.Namespace) -> Protocol:
+    return Protocol(least_rounds=2, most_rounds=2, budget=0.0) if args.rehearse else DeviceProtocol()
+
+
+def _layer(layer: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    return race(rehearsal_of(layer), "fp32", _protocol(args)) if args.rehearse else race(layer, "bf16", _protocol(args))
+
+
+def _compile_layer(layer: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    """Our step once: its kernels are those that timing will ask for."""
+    steps, _ = steps_of(rehearsal_of(layer), "fp32", "cpu") if args.rehearse else steps_of(layer, "bf16", "cuda")
+    steps[OURS]()
+    return {}
 
 
 def _contenders(workload: Workload, args: argparse.Namespace) -> tuple[Contender, ...]:

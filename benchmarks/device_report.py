@@ -36,7 +36,7 @@ def report(entries: Sequence[Entry]) -> str:
             cells = [_speed(found.get(name), entry["workload"]) for name in contenders]
             table.append([entry["name"], direction, *cells, _ratio(found.get(OURS))])
     lines = _aligned(table) if rows else ["no workload was measured"]
-    lines += [line for entry in entries for line in _host_lines(entry)]
+    lines += [line for entry in entries for line in (*_layer_lines(entry), *_host_lines(entry))]
     lines += [f"{entry['name']}: {entry['message']}" for entry in entries if entry.get("message")]
     return "\n".join([*lines, *_reasons(rows), CONVENTION])
 
@@ -64,6 +64,20 @@ def _aligned(table: Iterable[Sequence[str]]) -> list[str]:
     return [
         "  ".join(cell.ljust(w) if at < 2 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
+
+
+def _layer_lines(entry: Entry) -> list[str]:
+    """Time and memory of a training step; the last column is the least of the others over ours."""
+    found: dict[str, Entry] | None = entry.get("layer_steps")
+    if found is None:
+        return []
+    table = [[f"{entry['name']}, a training step", "", *("ours" if name == OURS else name for name in found), "x"]]
+    for title, key, unit in (("milliseconds", "milliseconds", 1.0), ("MiB at most", "extra_bytes", 2.0**20)):
+        others = [facts[key] for name, facts in found.items() if name != OURS and key in facts]
+        ratio = f"{min(others) / found[OURS][key]:.2f}" if others else ""
+        cells = [f"{facts[key] / unit:.3g}" if key in facts else "-" for facts in found.values()]
+        table.append(["", title, *cells, ratio])
+    return [*_aligned(table), *(f"{name}: {facts['reason']} ({entry['name']})" for name, facts in found.items() if "reason" in facts)]
 
 
 def _host_lines(entry: Entry) -> list[str]:

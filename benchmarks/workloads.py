@@ -200,14 +200,17 @@ class ModuleInputs:
     padding: Tensor | None
 
 
-def module_inputs(workload: Workload, dtype: torch.dtype, seed: int) -> ModuleInputs:
-    generator = _generator(workload, seed)
-    shape = (workload.batch, workload.seqlen_q, workload.embed_dim)
-    x, dout = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+def module_inputs(workload: Workload, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> ModuleInputs:
+    generator = _generator(workload, seed, device)
+
+    def normal(seqlen: int) -> Tensor:
+        return torch.randn(workload.batch, seqlen, workload.embed_dim, generator=generator, device=device).to(dtype)
+
+    x, dout = (normal(workload.seqlen_q) for _ in range(2))
     memory = x.requires_grad_()
     if workload.cross:
-        memory = torch.randn(workload.batch, workload.seqlen_k, workload.embed_dim, generator=generator).to(dtype).requires_grad_()
-    visible = None if workload.kv_lengths is None else _visible_keys(workload)
+        memory = normal(workload.seqlen_k).requires_grad_()
+    visible = None if workload.kv_lengths is None else _visible_keys(workload, device)
     return ModuleInputs(workload, x, memory, dout, None if visible is None else ~visible)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_attention.benchmarks import device_report, device_timing
+from fused_attention.benchmarks import device_layers, device_report, device_timing
 from fused_attention.benchmarks.contenders import OURS, Contender, Run
 from fused_attention.benchmarks.device_workloads import HOST, ITEMS, rehearsal
 from fused_attention.benchmarks.gate import AttentionGate
@@ -17,7 +17,7 @@ from fused_attention.benchmarks.measure import measure
 from fused_attention.benchmarks.record import Record
 from fused_attention.benchmarks.rivals import FLEX, device_contenders, sdpa
 from fused_attention.benchmarks.timing import Protocol
-from fused_attention.benchmarks.workloads import DTYPES, attention_inputs, visible_pairs
+from fused_attention.benchmarks.workloads import DTYPES, Workload, attention_inputs, visible_pairs
 
 ONCE = Protocol(least_rounds=1, most_rounds=1, budget=0.0)
 SMALL = {item.name: rehearsal(item).workload for item in ITEMS}
@@ -148,6 +148,14 @@ def test_the_report_shows_every_contender() -> None:
             ],
         },
         {"name": "decode bf16", "workload": decode, "rows": [row(OURS, "forward", 1e-6), row("cuDNN", "forward", 2e-6)]},
+        {
+            "name": "layer-1k",
+            "layer_steps": {
+                OURS: {"milliseconds": 2.0, "extra_bytes": 3 * 2**20},
+                "torch.nn": {"milliseconds": 5.0, "extra_bytes": 6 * 2**20},
+                "torch.nn, cuDNN": {"reason": "RuntimeError: no such kernel"},
+            },
+        },
         {"name": "host time", "host_microseconds": {OURS: {"inference": 9.6, "training": 40.2}, "flex": None}},
         {"name": "lost fp32", "message": "OutOfMemoryError: 3 GiB"},
     ]
@@ -156,13 +164,32 @@ def test_the_report_shows_every_contender() -> None:
     assert ["backward", "wrong", "250", "-"] in [line[2:] for line in lines]
     assert ["decode", "bf16", "forward", "2097", "1049"] in lines
     assert ["forward,", "no", "gradients", "10", "-"] in lines
+    assert ["milliseconds", "2", "5", "-", "2.50"] in lines
+    assert ["MiB", "at", "most", "3", "6", "-", "2.00"] in lines
     text = device_report.report(entries)
+    assert "torch.nn, cuDNN: RuntimeError: no such kernel (layer-1k)" in text
     assert "flash: NotImplementedError: too old (gpt2 bf16)" in text
     assert f"{OURS}: dq is off (gpt2 bf16)" in text
     assert "lost fp32: OutOfMemoryError: 3 GiB" in text
 
 
+@pytest.mark.parametrize("layer", device_layers.LAYERS, ids=lambda layer: layer.name)
+def test_a_training_step_of_a_layer_is_judged_before_it_is_timed(layer: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = device_layers.rehearsal_of(layer)
+    found = device_layers.race(small, "fp32", ONCE)["layer_steps"]
+    assert list(found) == [OURS, "torch.nn"]
+    assert all(facts["milliseconds"] > 0 and facts["error_share"] <= 1 for facts in found.values())
+    steps, gate = device_layers.steps_of(small, "fp32", "cpu")
+    wrong = {name: (lambda step=step: {name: 2 * tensor for name, tensor in step().items()}) for name, step in steps.items()}
+    monkeypatch.setattr(device_layers, "steps_of", lambda *_: (steps | {"torch.nn": wrong["torch.nn"]}, gate))
+    assert "errs by" in device_layers.race(small, "fp32", ONCE)["layer_steps"]["torch.nn"]["reason"]
+    monkeypatch.setattr(device_layers, "steps_of", lambda *_: (wrong, gate))
+    with pytest.raises(RuntimeError, match="errs by"):
+        device_layers.race(small, "fp32", ONCE)
+
+
 def test_workloads_have_names_of_their_own() -> None:
     assert len(SMALL) == len(ITEMS)
+    assert not SMALL.keys() & {layer.name for layer in device_layers.LAYERS}
     assert all(item.dtype in DTYPES for item in ITEMS)
     assert HOST.seqlen_q == 128

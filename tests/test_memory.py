@@ -14,7 +14,7 @@ SCORES = FULL * FULL * 4 / 2**20  # MiB of one float32 matrix of scores
 MEASURE = """
 import resource, sys, torch
 import fused_attention
-from fused_attention import attention, attention_varlen, MultiHeadAttention, TransformerLayer
+from fused_attention import MultiHeadAttention, Rotary, Transformer, TransformerLayer, attention, attention_varlen
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -55,6 +55,19 @@ PATHS = {
         jvp(lambda q: attention(q, k, v, causal=True), (q,), (q.cos(),))
     """,
     "layer, causal": "TransformerLayer(32, 2, 32, batch_first=True)(torch.randn(1, length, 32), is_causal=True).sum().backward()",
+    "modern layer, dropout": """
+        options = dict(norm_first=True, norm="rms", rotary=Rotary(), qk_norm="rms", window=(length // 2, 0), sinks=True, num_kv_heads=1)
+        layer = TransformerLayer(32, 2, 32, 0.1, "swiglu", batch_first=True, **options)
+        layer(torch.randn(1, length, 32), is_causal=True).sum().backward()
+        with torch.no_grad():
+            layer.eval()(torch.randn(1, length, 32), is_causal=True)
+    """,
+    "transformer, causal and padded": """
+        src, tgt = (torch.randn(1, length, 32) for _ in range(2))
+        padding = torch.arange(length)[None] > length - 100
+        call = dict(tgt_is_causal=True, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+        Transformer(32, 2, 1, 1, 32, batch_first=True)(src, tgt, **call).sum().backward()
+    """,
 }
 
 

@@ -277,3 +277,21 @@ WRONG_VALUES = {
 def test_wrong_values_say_what_is_wrong(error, sentence, make) -> None:
     with pytest.raises(error, match=re.escape(sentence)):
         make()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("mapped", ["tables", "positions", "rows and tables", "rows"])
+def test_vmap_over_any_of_its_tensors(mapped, interleaved) -> None:
+    """Where the tables alone are mapped over, the result has a dimension that x has not."""
+    x, table = rows(10), angles(3)
+    of_x = torch.stack([x, x.flip(2), -x]) if "rows" in mapped else x
+    cos = torch.stack([table.cos(), table.sin(), table]) if "tables" in mapped else table.cos()
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [9] * 7, [49, 3, 1, 8, 8, 0, 2]])
+
+    def turn(x: Tensor, cos: Tensor, positions: Tensor) -> Tensor:
+        return apply_rotary(x, cos, table.sin(), positions=positions, interleaved=interleaved)
+
+    dims = (0 if "rows" in mapped else None, 0 if "tables" in mapped else None, 0 if mapped == "positions" else None)
+    given = positions if mapped == "positions" else positions[2]
+    each = [turn(*(part if dim is None else part[i] for part, dim in zip((of_x, cos, given), dims, strict=True))) for i in range(3)]
+    torch.testing.assert_close(torch.func.vmap(turn, in_dims=dims)(of_x, cos, given), torch.stack(each))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def cast(*operands: Tensor) -> tuple[Tensor, ...]:
+def cast(*operands: Any) -> tuple[Any, ...]:
     """The operands in autocast's dtype where it is on for their device, else as they are."""
     if not torch._C._is_any_autocast_enabled():
         return operands

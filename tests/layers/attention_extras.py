@@ -14,6 +14,9 @@ EXTRAS = {
     "grouped heads": {"num_kv_heads": 2},
     "one head of keys": {"num_kv_heads": 1, "bias": False},
     "grouped heads of unlike inputs": {"num_kv_heads": 2, "kdim": 5, "vdim": 9},
+    "heads of their own size": {"head_dim": 10},
+    "smaller heads, in groups, of unlike inputs": {"head_dim": 4, "num_kv_heads": 2, "kdim": 5, "vdim": 9, "rotary": Rotary()},
+    "added keys of their own size": {"head_dim": 10, "add_bias_kv": True, "add_zero_attn": True},
     "rotary": {"rotary": Rotary(base=100.0, scaling=LinearScaling(2.0))},
     "rotary of a part": {"rotary": Rotary(base=100.0, dim=4, interleaved=True, offset=3)},
     "rms of heads": {"qk_norm": "rms"},
@@ -91,8 +94,8 @@ def sequences(module, cross, batched=True):
 
 def definition(options, state, query, key, value, key_padding_mask=None, attn_mask=None, is_causal=False):
     """Output (batch, seqlen_q, embed_dim) and weights (batch, heads, seqlen_q, seqlen_k), one head of one member after the other."""
-    kv_heads = options.get("num_kv_heads", HEADS)
-    sizes = [EMBED_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM]
+    kv_heads, head_dim = options.get("num_kv_heads", HEADS), options.get("head_dim", HEAD_DIM)
+    sizes = [HEADS * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     if "in_proj_weight" in state:
         projections = state["in_proj_weight"].split(sizes)
     else:
@@ -101,7 +104,7 @@ def definition(options, state, query, key, value, key_padding_mask=None, attn_ma
     outs, weights = [], []
     for member in range(query.shape[0]):
         q, k, v = (
-            (x[member] @ weight.T + bias).unflatten(-1, (-1, HEAD_DIM))
+            (x[member] @ weight.T + bias).unflatten(-1, (-1, head_dim))
             for x, weight, bias in zip((query, key, value), projections, biases, strict=True)
         )
         for head in range(HEADS):
@@ -113,13 +116,13 @@ def definition(options, state, query, key, value, key_padding_mask=None, attn_ma
                 q_h, k_h = turned(options["rotary"], q_h), turned(options["rotary"], k_h)
             added = 0
             if "bias_k" in state:
-                here = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+                here = slice(head * head_dim, (head + 1) * head_dim)
                 k_h, v_h = torch.cat([k_h, state["bias_k"][0, :, here]]), torch.cat([v_h, state["bias_v"][0, :, here]])
                 added += 1
             if options.get("add_zero_attn"):
-                k_h, v_h = (torch.cat([x, x.new_zeros(1, HEAD_DIM)]) for x in (k_h, v_h))
+                k_h, v_h = (torch.cat([x, x.new_zeros(1, head_dim)]) for x in (k_h, v_h))
                 added += 1
-            scores = options.get("scale", HEAD_DIM**-0.5) * (q_h @ k_h.T)
+            scores = options.get("scale", head_dim**-0.5) * (q_h @ k_h.T)
             if "softcap" in options:
                 scores = options["softcap"] * torch.tanh(scores / options["softcap"])
             distance = torch.arange(len(k_h) - added) - torch.arange(len(q_h))[:, None]  # positive where the key is later
@@ -146,7 +149,7 @@ def definition(options, state, query, key, value, key_padding_mask=None, attn_ma
             p = exponents / torch.where(total == 0, 1.0, total)
             outs.append(p @ v_h)
             weights.append(p)
-    out = torch.stack(outs).view(-1, HEADS, query.shape[1], HEAD_DIM).transpose(1, 2).flatten(2)
+    out = torch.stack(outs).view(-1, HEADS, query.shape[1], head_dim).transpose(1, 2).flatten(2)
     out = out @ state["out_proj.weight"].T + state.get("out_proj.bias", 0.0)
     return out, torch.stack(weights).view(-1, HEADS, query.shape[1], weights[0].shape[-1])
 
@@ -159,7 +162,7 @@ def normed(options, state, name, x):
 
 def turned(rotary, x):
     """Each pair as a complex number, times exp(i · position · frequency)."""
-    dim = rotary.dim or HEAD_DIM
+    dim = rotary.dim or x.shape[-1]
     factor = 1.0 if rotary.scaling is None else rotary.scaling.factor
     columns = list(x.unbind(-1))
     for pair in range(dim // 2):

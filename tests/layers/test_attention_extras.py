@@ -117,6 +117,19 @@ def test_lower_precision_and_autocast(dtype):
     assert (out.double() - truth).abs().max() < error
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_kept_in_float32_in_a_module_of_bfloat16(kind):
+    module = build({"qk_norm": kind, "num_kv_heads": 2}, dtype=torch.bfloat16)
+    x = sequences(module, cross=False)[0].bfloat16()
+    for norm in (module.q_norm, module.k_norm):
+        norm.float()
+    exact = copy.deepcopy(module).double()
+    out = module(x, x, x)[0]
+    assert out.dtype is torch.bfloat16
+    truth = exact(x.double(), x.double(), x.double())[0]
+    assert (out.double() - truth).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
+
+
 def test_autocast_leaves_float64_alone():
     module, operands = build(EXTRAS["all"]), sequences(build(EXTRAS["all"]), cross=True)
     expected = module(*operands)

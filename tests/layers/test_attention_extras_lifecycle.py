@@ -47,7 +47,7 @@ def test_parameters_start_as_torchs_do(options):
             bound = math.sqrt(6 / sum(parameter.shape))
             assert 0.9 * bound < parameter.abs().max() <= bound, name
         elif name == "out_proj.weight":
-            bound = 1 / math.sqrt(EMBED_DIM)
+            bound = 1 / math.sqrt(parameter.shape[1])
             assert 0.9 * bound < parameter.abs().max() <= bound
         else:
             assert name in ("bias_k", "bias_v")
@@ -87,6 +87,7 @@ def test_torchscript_refuses_in_a_sentence(options):
 
 
 WRONG_OPTIONS = {
+    "head dim": (ValueError, "head_dim is 0, expected an int of at least 1", {"head_dim": 0}),
     "heads": (ValueError, "num_kv_heads is 3, num_heads 4: expected an int that divides", {"num_kv_heads": 3}),
     "no heads": (ValueError, "num_kv_heads is 0, num_heads 4", {"num_kv_heads": 0}),
     "rotary": (TypeError, "rotary is True, expected a Rotary", {"rotary": True}),

@@ -119,6 +119,15 @@ def test_members_without_rows(need_weights):
     torch.testing.assert_close(out[2], stock(queries[2], keys[2], keys[2])[0])
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_batch_without_members(need_weights):
+    _, ours = build_pair({})
+    x = torch.nested.nested_tensor_from_jagged(torch.zeros(0, EMBED_DIM, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+    out, weights = ours(x, x, x, need_weights=need_weights)
+    assert out.values().shape == (0, EMBED_DIM)
+    assert weights is None or weights.shape == (0, 0, 0)
+
+
 def test_jagged_layers_compile_without_a_graph_break():
     torch.manual_seed(0)
     layer = TransformerLayer(EMBED_DIM, HEADS, 16, dropout=0.0, batch_first=True)

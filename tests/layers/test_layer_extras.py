@@ -1,5 +1,6 @@
 """What the transformer layers do beyond torch's classes, against blocks written out from the papers' formulas, in float64."""
 
+import copy
 import math
 
 import pytest
@@ -135,6 +136,33 @@ def test_cross_attention_has_no_positions():
     assert layer.multihead_attn._fused_extras.given() == {"softcap": 2.0, "sinks": True}
     alone = build({"rotary": Rotary()}, TransformerDecoderLayer)
     assert alone.multihead_attn._fused_extras is None
+
+
+@pytest.mark.parametrize("cls", [TransformerLayer, TransformerDecoderLayer])
+def test_heads_of_their_own_size(cls):
+    """24 features do not divide among 5 heads; 5 heads of 4 do not fill them."""
+    torch.manual_seed(0)
+    layer = cls(D_MODEL, 5, HIDDEN, dropout=0.0, batch_first=True, head_dim=4, dtype=torch.float64)
+    for attention in (part for part in layer.modules() if isinstance(part, nn.MultiheadAttention)):
+        assert (attention.num_heads, attention.head_dim) == (5, 4)
+        assert attention.in_proj_weight.shape == (60, D_MODEL)
+        assert attention.out_proj.weight.shape == (D_MODEL, 20)
+    out = layer(*(sequence(seed=seed) for seed in range(1 if cls is TransformerLayer else 2)))
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_norms_kept_in_float32_in_a_layer_of_bfloat16(kind, norm_first):
+    layer = build({"norm": kind, "norm_first": norm_first, "qk_norm": kind}, dtype=torch.bfloat16)
+    for name, part in layer.named_modules():
+        if "norm" in name:
+            part.float()
+    out = layer(sequence().bfloat16())
+    assert out.dtype is torch.bfloat16
+    truth = copy.deepcopy(layer).double()(sequence().bfloat16().double())
+    assert (out.double() - truth).abs().max() < 16 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
 
 
 def test_norms_of_heads_use_the_layers_eps():

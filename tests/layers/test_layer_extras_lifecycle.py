@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_attention import MultiHeadAttention, Rotary, TransformerDecoderLayer, TransformerLayer
+from fused_attention import MultiHeadAttention, Rotary, Transformer, TransformerDecoderLayer, TransformerLayer
 
 from .layer_extras import (
     ARRANGEMENTS,
@@ -104,7 +104,7 @@ def test_export_with_sequences_of_any_length():
 
 def test_the_page_names_every_option_and_its_example_runs():
     page = (Path(__file__).resolve().parents[2] / "docs" / "blocks.md").read_text()
-    for cls in (MultiHeadAttention, TransformerLayer, TransformerDecoderLayer):
+    for cls in (MultiHeadAttention, TransformerLayer, TransformerDecoderLayer, Transformer):
         for option in inspect.signature(cls).parameters.values():
             assert option.kind is not option.KEYWORD_ONLY or f"`{option.name}" in page, option.name
     for example in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):

@@ -7,7 +7,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "modules.md"
 
 
 def names_of_tests():
-    text = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    text = "\n".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
     return set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
 
 

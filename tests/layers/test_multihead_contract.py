@@ -188,7 +188,7 @@ def test_evaluation_equals_torchs_fast_path(batch_first, need_weights):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference_mode"])
-def test_output_is_contiguous_in_every_mode(batch_first, mode):
+def test_deviation_the_output_is_contiguous_in_every_mode(batch_first, mode):
     ours = build(MultiHeadAttention, {"batch_first": batch_first})
     ours.train(mode == "train")
     with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)():

@@ -52,26 +52,43 @@ def test_torchs_function_takes_the_modules_attributes(options):
     ours = build(options)
     query, key, value = inputs(ours)
     key, value = key[..., : ours.kdim], value[..., : ours.vdim]
-    separate = not ours._qkv_same_embed_dim
-    expected = F.multi_head_attention_forward(
+    torch.testing.assert_close(ours(query, key, value), through_torchs_function(ours, query, key, value))
+
+
+def test_torchs_function_takes_static_keys_beside_the_modules_attributes():
+    """Keys and values that are projected already, one head of one member after another: those of the module give its own output."""
+    ours = build({})
+    query, key, value = inputs(ours)
+    _, k_weight, v_weight = ours.in_proj_weight.chunk(3)
+    _, k_bias, v_bias = ours.in_proj_bias.chunk(3)
+    projected = (F.linear(key, k_weight, k_bias), F.linear(value, v_weight, v_bias))
+    k, v = (x.reshape(SEQLEN_K, BATCH * ours.num_heads, ours.head_dim).transpose(0, 1) for x in projected)
+    torch.testing.assert_close(through_torchs_function(ours, query, key, value, static_k=k, static_v=v), ours(query, key, value))
+    with pytest.raises(AssertionError, match="bias cannot be added to static key"):
+        through_torchs_function(build({"add_bias_kv": True}), query, key, value, static_k=k, static_v=v)
+
+
+def through_torchs_function(module, query, key, value, **options):
+    separate = not module._qkv_same_embed_dim
+    return F.multi_head_attention_forward(
         query,
         key,
         value,
-        ours.embed_dim,
-        ours.num_heads,
-        ours.in_proj_weight,
-        ours.in_proj_bias,
-        ours.bias_k,
-        ours.bias_v,
-        ours.add_zero_attn,
-        ours.dropout,
-        ours.out_proj.weight,
-        ours.out_proj.bias,
-        training=ours.training,
+        module.embed_dim,
+        module.num_heads,
+        module.in_proj_weight,
+        module.in_proj_bias,
+        module.bias_k,
+        module.bias_v,
+        module.add_zero_attn,
+        module.dropout,
+        module.out_proj.weight,
+        module.out_proj.bias,
+        training=module.training,
         use_separate_proj_weight=separate,
-        **({name: getattr(ours, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")} if separate else {}),
+        **({name: getattr(module, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")} if separate else {}),
+        **options,
     )
-    torch.testing.assert_close(ours(query, key, value), expected)
 
 
 def test_merged_masks_are_torchs():

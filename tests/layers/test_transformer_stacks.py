@@ -143,7 +143,7 @@ def test_constructors_and_forwards_take_torchs_arguments():
     ):
         for name in ("__init__", "forward"):
             parameters = [inspect.signature(getattr(cls, name)).parameters.values() for cls in (mine, theirs)]
-            ours = [(p.name, p.kind, p.default) for p in parameters[0] if p.kind is not p.KEYWORD_ONLY]
+            ours = [(p.name, p.kind, p.default) for p in parameters[0] if p.kind is p.POSITIONAL_OR_KEYWORD]
             assert ours == [(p.name, p.kind, p.default) for p in parameters[1]]
 
 

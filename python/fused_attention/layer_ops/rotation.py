@@ -41,9 +41,13 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse
     cos, sin = (table.to(dtype) if table.dim() == 2 else table.to(dtype)[:, None] for table in (cos, -sin if inverse else sin))
     first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(0, pairs), slice(pairs, 2 * pairs))
     a, b = x[..., first].to(dtype), x[..., second].to(dtype)
-    out = torch.empty_like(x)  # written in place: torch.cat would lose the layout, in which a layer joins the heads without a copy
-    out[..., first] = a * cos - b * sin
-    out[..., second] = b * cos + a * sin
+    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+    # Written in place: torch.cat would lose the layout, in which a layer joins the heads without a copy. Under torch.func the tables
+    # may be mapped over where x is not, and a tensor made from x alone could not hold the results.
+    mapped = torch._C._are_functorch_transforms_active()
+    out = turned_a.new_empty(x.shape, dtype=x.dtype) if mapped else torch.empty_like(x)
+    out[..., first] = turned_a
+    out[..., second] = turned_b
     out[..., 2 * pairs :] = x[..., 2 * pairs :]
     return out
 

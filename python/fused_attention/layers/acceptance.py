@@ -26,7 +26,7 @@ def can_attend(
     if (module.in_proj_weight is None) == module._qkv_same_embed_dim or (module.bias_k is None) != (module.bias_v is None):
         return False
     features = (query.shape[-1], key.shape[-1], value.shape[-1])
-    if features != (module.embed_dim, module.kdim, module.vdim) or module.embed_dim % module.num_heads:
+    if features != (module.embed_dim, module.kdim, module.vdim) or (not served and module.embed_dim % module.num_heads):
         return False
     if key.shape[:-1] != value.shape[:-1]:
         return False

@@ -53,15 +53,15 @@ class LayerExtras:
                 raise ValueError(f"{name}={getattr(self, name)!r} needs norm_first=True: its blocks are fed by norms")
 
 
-def add_extras(layer: Any, extras: LayerExtras, options: AttentionOptions, eps: float) -> None:
-    """Gives a layer just built as torch's what its extras and those of its attention ask for, if anything."""
+def add_extras(layer: Any, nhead: int, extras: LayerExtras, options: AttentionOptions, eps: float) -> None:
+    """Gives a layer just built as torch's what its extras and those of its attention, of nhead heads, ask for, if anything."""
     attention = AttentionExtras(**options)
     if attention.given():
         if attention.qk_norm is not None and "qk_norm_eps" not in options:
             attention = replace(attention, qk_norm_eps=eps)
-        layer.self_attn = _attention(layer.self_attn, attention.given(), extras.norm_bias)
+        layer.self_attn = _attention(layer.self_attn, nhead, attention.given(), extras.norm_bias)
         if isinstance(layer, nn.TransformerDecoderLayer):
-            layer.multihead_attn = _attention(layer.multihead_attn, attention.without_positions(), extras.norm_bias)
+            layer.multihead_attn = _attention(layer.multihead_attn, nhead, attention.without_positions(), extras.norm_bias)
     if extras.given():
         layer._fused_extras = extras
         _rebuild(layer, extras, eps)
@@ -69,11 +69,11 @@ def add_extras(layer: Any, extras: LayerExtras, options: AttentionOptions, eps: 
         layer.activation_relu_or_gelu = 0  # torch's stacks then make no nested tensor, which only its native operator takes
 
 
-def _attention(stock: nn.MultiheadAttention, options: dict[str, Any], norm_bias: bool | None) -> MultiHeadAttention:
+def _attention(stock: nn.MultiheadAttention, nhead: int, options: dict[str, Any], norm_bias: bool | None) -> MultiHeadAttention:
     new: dict[str, Any] = {"device": stock.out_proj.weight.device, "dtype": stock.out_proj.weight.dtype}
     attention = MultiHeadAttention(
         stock.embed_dim,
-        stock.num_heads,
+        nhead,
         stock.dropout,
         stock.in_proj_bias is not None,
         batch_first=stock.batch_first,
@@ -96,14 +96,15 @@ def _rebuild(layer: Any, extras: LayerExtras, eps: float) -> None:
         layer.linear1 = nn.Linear(width, 2 * hidden if extras.activation else hidden, bias=bias, **new)
         layer.linear2 = nn.Linear(hidden, width, bias=bias, **new)
     for name in [name for name, _ in layer.named_children() if name in ("norm1", "norm2", "norm3")]:
-        setattr(layer, name, _norm(extras, width, eps, biased, new))
+        setattr(layer, name, norm_of_layer(extras, width, eps, biased, new))
         if extras.sandwich:
-            setattr(layer, name.replace("norm", "after"), _norm(extras, width, eps, biased, new))
+            setattr(layer, name.replace("norm", "after"), norm_of_layer(extras, width, eps, biased, new))
     if extras.parallel == "one_norm":
         layer.register_module("norm2", None)
 
 
-def _norm(extras: LayerExtras, width: int, eps: float, biased: bool, new: dict[str, Any]) -> nn.Module:
+def norm_of_layer(extras: LayerExtras, width: int, eps: float, biased: bool, new: dict[str, Any]) -> nn.Module:
+    """One norm of the kind that the extras name, with a bias where they say nothing and `biased` does."""
     if extras.norm == "rms":
         return RMSNorm(width, eps=eps, **new)
     return nn.LayerNorm(width, eps=eps, bias=biased if extras.norm_bias is None else extras.norm_bias, **new)

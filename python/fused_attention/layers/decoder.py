@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arrangement import arrange
 from .blocks import LayerExtras, add_extras
+from .cached import AnyCache, decode, look_up
 from .extras import AttentionOptions, refuse_script, refuse_unknown
-from .fused import add_norm_of, feed_forward
+from .fused import feed_forward
 from .gated import GATED, gated_name
 from .multihead import MultiHeadAttention
 
@@ -64,11 +66,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         extras.check(norm_first)
         refuse_unknown(type(self), attention)
         stock = activation if extras.activation is None else GATED[extras.activation]
-        super().__init__(d_model, nhead, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
+        heads = nhead if attention.get("head_dim") is None else 1  # torch wants to divide d_model among them
+        super().__init__(d_model, heads, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # By class: further modules would draw from the generator, and the same seed must give the same weights as torch's layer.
         self.self_attn.__class__ = MultiHeadAttention
         self.multihead_attn.__class__ = MultiHeadAttention
-        add_extras(self, extras, attention, layer_norm_eps)
+        add_extras(self, nhead, extras, attention, layer_norm_eps)
 
     def forward(
         self,
@@ -88,24 +91,33 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         tgt_key_padding_mask, memory_key_padding_mask: (batch, seqlen) or (seqlen,). Masks are bool, True hides, or floating, added.
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            extras = self._fused_extras
-            if extras is not None and extras.sandwich:
-                x: Tensor = tgt + self.after1(self._sa_block(self.norm1(tgt), tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-                normed = self.norm2(x)
-                x = x + self.after2(self._mha_block(normed, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
-                fed: Tensor = self.after3(self._ff_block(self.norm3(x)))
-                return x + fed
+            return self._arranged(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
+            )
         x = tgt
         if self.norm_first:
-            normed, x = self._add_norm2(x, self._sa_block(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-            crossed = self._mha_block(normed, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
-            normed, x = self._add_norm3(x, crossed)
-            x = x + self._ff_block(normed)
-        else:
-            x, _ = self._add_norm1(x, self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-            x, _ = self._add_norm2(x, self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
-            x, _ = self._add_norm3(x, self._ff_block(x))
-        return x
+            x = x + self._sa_block(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            x = x + self._mha_block(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            return x + self._ff_block(self.norm3(x))
+        x = self.norm1(x + self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        x = self.norm2(x + self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
+        out: Tensor = self.norm3(x + self._ff_block(x))
+        return out
+
+    def decode(self, tgt: Tensor, cache: AnyCache, memory: AnyCache) -> Tensor:
+        """The layer's output for targets that follow those whose keys and values the cache holds, and now these targets' too.
+
+        tgt: (batch, rows, d_model), or (rows, batch, d_model) without batch_first: each row sees itself and what came before, as with
+        tgt_is_causal. cache: of `self.self_attn.new_cache(batch, capacity)`. memory: a cache of `self.multihead_attn`, given its keys and
+        values by `remember`, once for all targets. Inference only; overridden `_sa_block` and `_mha_block` are not called.
+        """
+        return arrange(
+            self,
+            tgt,
+            lambda x: self.dropout1(decode(self.self_attn, x, cache)),
+            lambda x: self.dropout2(look_up(self.multihead_attn, x, memory)),
+            self._ff_block,
+        )
 
     def _ff_block(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -113,23 +125,24 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         fed: Tensor = self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(x)))))
         return fed
 
-    def _add_norm1(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return add_norm_of(self.norm1, x, block)
-        summed = x + block
-        return self.norm1(summed), summed
-
-    def _add_norm2(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return add_norm_of(self.norm2, x, block)
-        summed = x + block
-        return self.norm2(summed), summed
-
-    def _add_norm3(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return add_norm_of(self.norm3, x, block)
-        summed = x + block
-        return self.norm3(summed), summed
+    def _arranged(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        tgt_padding: Tensor | None,
+        memory_padding: Tensor | None,
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
+    ) -> Tensor:
+        return arrange(
+            self,
+            x,
+            lambda x: self._sa_block(x, tgt_mask, tgt_padding, tgt_is_causal),
+            lambda x: self._mha_block(x, memory, memory_mask, memory_padding, memory_is_causal),
+            self._ff_block,
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
         refuse_script(self, self._fused_extras)

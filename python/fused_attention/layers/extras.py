@@ -23,6 +23,7 @@ from .norms import RMSNorm
 class AttentionExtras:
     """The keyword-only options of MultiHeadAttention, which says what each means."""
 
+    head_dim: int | None = None
     num_kv_heads: int | None = None
     rotary: Rotary | None = None
     qk_norm: Literal["rms", "layer"] | None = None
@@ -36,6 +37,8 @@ class AttentionExtras:
     out_bias: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.head_dim is not None and (not isinstance(self.head_dim, int) or isinstance(self.head_dim, bool) or self.head_dim < 1):
+            raise ValueError(f"head_dim is {self.head_dim!r}, expected an int of at least 1, or None for embed_dim / num_heads")
         if self.rotary is not None and not isinstance(self.rotary, Rotary):
             raise TypeError(f"rotary is {self.rotary!r}, expected a Rotary, such as Rotary(base=10000.0), or None")
         if self.qk_norm not in (None, "rms", "layer"):
@@ -77,6 +80,7 @@ class AttentionExtras:
 class AttentionOptions(TypedDict, total=False):
     """AttentionExtras as keyword arguments."""
 
+    head_dim: int | None
     num_kv_heads: int | None
     rotary: Rotary | None
     qk_norm: Literal["rms", "layer"] | None
@@ -106,18 +110,24 @@ def add_parameters(module: nn.MultiheadAttention, extras: AttentionExtras) -> No
     weight = module.out_proj.weight
     new: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     embed_dim, head_dim = module.embed_dim, module.head_dim
+    q_features = module.num_heads * head_dim
     kv_features = (module.num_heads if extras.num_kv_heads is None else extras.num_kv_heads) * head_dim
-    if kv_features != embed_dim:
+    if not q_features == kv_features == embed_dim:
         if not module._qkv_same_embed_dim:
+            module.q_proj_weight = nn.Parameter(torch.empty(q_features, embed_dim, **new))
             module.k_proj_weight = nn.Parameter(torch.empty(kv_features, module.kdim, **new))
             module.v_proj_weight = nn.Parameter(torch.empty(kv_features, module.vdim, **new))
         else:
-            module.in_proj_weight = nn.Parameter(torch.empty(embed_dim + 2 * kv_features, embed_dim, **new))
+            module.in_proj_weight = nn.Parameter(torch.empty(q_features + 2 * kv_features, embed_dim, **new))
     biased = module.in_proj_bias is not None
     if biased if extras.qkv_bias is None else extras.qkv_bias:
-        module.in_proj_bias = nn.Parameter(torch.empty(embed_dim + 2 * kv_features, **new))
+        module.in_proj_bias = nn.Parameter(torch.empty(q_features + 2 * kv_features, **new))
     else:
         module.register_parameter("in_proj_bias", None)
+    if q_features != embed_dim:
+        module.out_proj = type(module.out_proj)(q_features, embed_dim, bias=module.out_proj.bias is not None, **new)
+        if module.bias_k is not None:
+            module.bias_k, module.bias_v = (nn.Parameter(torch.empty(1, 1, q_features, **new)) for _ in range(2))
     if biased if extras.out_bias is None else extras.out_bias:
         module.out_proj.bias = nn.Parameter(torch.empty(embed_dim, **new))
     else:

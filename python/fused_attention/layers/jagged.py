@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fused_attention.functional import attention_varlen
 
+from .heads import project
+
 
 def takes_jagged(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
     """Whether all inputs are jagged (batch, seqlen, features) as the module needs them: padding is in them, so there are no masks."""
@@ -39,7 +41,7 @@ def attend_jagged(
     q_rows = query.values()
     k_rows = q_rows if key is query else key.values()  # identical inputs stay identical, and share a projection
     v_rows = k_rows if value is key else value.values()
-    q, k, v = (x.unflatten(-1, (module.num_heads, -1)) for x in module._project(q_rows, k_rows, v_rows))
+    q, k, v = (x.unflatten(-1, (module.num_heads, -1)) for x in project(module, q_rows, k_rows, v_rows))
     dropout_p = float(module.dropout) if module.training else 0.0
     out = attention_varlen(q, k, v, _offsets(query), _offsets(key), causal=is_causal, offset=0, dropout_p=dropout_p)
     return torch.nested.nested_tensor_from_jagged(module.out_proj(out.flatten(-2)), _offsets(query)), None
@@ -58,7 +60,7 @@ def _attend_padded(
 def _pad(x: Any) -> tuple[Tensor, Tensor]:
     """(batch, seqlen, features) with zeros behind each member, and (batch, seqlen) True where the rows of x are."""
     lengths = _offsets(x).diff()
-    real = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
+    real = torch.arange(int(lengths.max()) if len(lengths) else 0, device=x.device) < lengths[:, None]
     padded = x.values().new_zeros(*real.shape, x.shape[-1])
     padded[real] = x.values()
     return padded, real

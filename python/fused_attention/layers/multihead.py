@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fused_attention.dropout import new_seed
 from fused_attention.functional import attention, attention_weights, attention_with_lse
-from fused_attention.layer_ops import linear
 from fused_attention.rotary import Rotary
 
+from . import cached
 from .acceptance import autocasts, can_attend, refuse_call, takes_nested
 from .extras import AttentionExtras, add_parameters, attention_options, refuse_script, reset_parameters, turn
 from .fused import linear_of
+from .heads import add_columns, join_heads, project, split_heads
 from .jagged import attend_jagged, takes_jagged
 from .masks import add_causal_mask, pad_nested, readable_hint, score_masks
 
@@ -40,6 +41,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     what is wrong torch refuses, in its own words. Under TorchScript the module runs torch's functions.
 
     Beyond torch's, keyword-only; without them the module is torch's in every parameter and every random number drawn:
+        head_dim: features of each head, where that is not embed_dim / num_heads, which then need not be whole.
         num_kv_heads: how many heads of keys and values the heads share in groups; it divides num_heads.
         rotary: a `Rotary`, which turns queries and keys by their positions.
         qk_norm: "rms" or "layer", of each head's queries and keys before they are turned, with qk_norm_eps.
@@ -48,6 +50,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         sinks: whether each head has one more logit, a parameter, whose probability goes nowhere.
         qkv_bias, out_bias: whether the projections have a bias, where that is not what `bias` says.
     torch has nothing that computes such a module: what it cannot take is refused in our words, nested tensors and TorchScript too.
+    Methods beyond torch's, new_cache, decode, remember and look_up, attend to the keys and values of a cache.
     """
 
     # Of the class, as a module whose class was changed has not run __init__; a name that users do not give their own attributes.
@@ -70,6 +73,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         device: Any = None,
         dtype: Any = None,
         *,
+        head_dim: int | None = None,
         num_kv_heads: int | None = None,
         rotary: Rotary | None = None,
         qk_norm: Literal["rms", "layer"] | None = None,
@@ -82,9 +86,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
         qkv_bias: bool | None = None,
         out_bias: bool | None = None,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
-        extras = AttentionExtras(num_kv_heads, rotary, qk_norm, qk_norm_eps, window, softcap, scale, sinks, alibi, qkv_bias, out_bias)
+        extras = AttentionExtras(
+            head_dim, num_kv_heads, rotary, qk_norm, qk_norm_eps, window, softcap, scale, sinks, alibi, qkv_bias, out_bias
+        )
+        divisor = num_heads if head_dim is None or num_heads < 1 else 1  # torch wants to divide embed_dim among the heads
+        super().__init__(embed_dim, divisor, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         if extras.given():
+            self.num_heads, self.head_dim = num_heads, embed_dim // num_heads if head_dim is None else head_dim
             extras.check(self)
             self._fused_extras = extras
             add_parameters(self, extras)
@@ -175,6 +183,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
 
+    # With a cache of earlier keys and values, at inference.
+    new_cache = cached.new_cache
+    decode = cached.decode
+    remember = cached.remember
+    look_up = cached.look_up
+
     def _attend(
         self,
         query: Tensor,
@@ -192,12 +206,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
             key_padding_mask = F._canonical_mask(key_padding_mask, "key_padding_mask", attn_mask.dtype, "attn_mask", query.dtype)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
-        q, k, v = self._project(query, key, value)
+        q, k, v = project(self, query, key, value)
         q_norm, k_norm = (None, None) if self._fused_extras is None or self._fused_extras.qk_norm is None else (self.q_norm, self.k_norm)
-        q, k, v = self._split_heads(q, q_norm), self._split_heads(k, k_norm), self._split_heads(v)
+        q, k, v = split_heads(self, q, q_norm), split_heads(self, k, k_norm), split_heads(self, v)
         if self._fused_extras is not None and self._fused_extras.rotary is not None:
             q, k = turn(q, k, self._fused_extras.rotary)
-        k, v, columns = self._add_columns(k, v)
+        k, v, columns = add_columns(self, k, v)
         mask, bias = score_masks(attn_mask, key_padding_mask, self.num_heads, columns)
         dropout_p = float(self.dropout) if self.training else 0.0
         options: dict[str, Any] = {
@@ -218,66 +232,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = attention(q, k, v, **options)
-        return linear_of(self.out_proj, self._join_heads(out, batched)), weights
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three in-projections, in as few matrix products as identical inputs allow."""
-        bias, embed_dim = self.in_proj_bias, self.embed_dim
-        if not self._qkv_same_embed_dim:
-            rows_of = [weight.shape[0] for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)]
-            q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.split(rows_of)
-            return (
-                linear(query, self.q_proj_weight, q_bias),
-                linear(key, self.k_proj_weight, k_bias),
-                linear(value, self.v_proj_weight, v_bias),
-            )
-        weight = self.in_proj_weight
-        kv_features = (weight.shape[0] - embed_dim) // 2
-        ends = (0, embed_dim, embed_dim + kv_features, weight.shape[0])
-        if query is key and key is value:
-            q, k, v = linear(query, weight, bias).split([embed_dim, kv_features, kv_features], -1)
-            return q, k, v
-
-        def rows(x: Tensor, start: int, end: int) -> Tensor:
-            part = slice(ends[start], ends[end])
-            return linear(x, weight[part], None if bias is None else bias[part])
-
-        if key is value:
-            k, v = rows(key, 1, 3).chunk(2, -1)
-            return rows(query, 0, 1), k, v
-        if query is key:
-            q, k = rows(query, 0, 2).split([embed_dim, kv_features], -1)
-            return q, k, rows(value, 2, 3)
-        return rows(query, 0, 1), rows(key, 1, 2), rows(value, 2, 3)
-
-    def _split_heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """A view (batch, heads, seqlen, head_dim) of a projection in the order of the module's inputs, or its norm, of that layout."""
-        head_dim = self.embed_dim // self.num_heads
-        x = x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
-        x = x if norm is None else norm(x)
-        if x.dim() == 3:
-            return x.transpose(0, 1)[None]
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
-
-    def _join_heads(self, out: Tensor, batched: bool) -> Tensor:
-        """(batch, heads, seqlen, head_dim) in the order of the module's inputs, heads side by side: a view, as out has the strides of q."""
-        if not batched:
-            return out.squeeze(0).transpose(0, 1).flatten(1)
-        return (out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-
-    def _add_columns(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """k and v with the keys of add_bias_kv and add_zero_attn in front, and how many those are."""
-        if self.bias_k is None and not self.add_zero_attn:
-            return k, v, 0
-        k_parts, v_parts = [k], [v]
-        batch, heads, _, head_dim = k.shape
-        if self.add_zero_attn:
-            k_parts.insert(0, k.new_zeros(batch, heads, 1, head_dim))
-            v_parts.insert(0, v.new_zeros(batch, heads, 1, head_dim))
-        if self.bias_k is not None and self.bias_v is not None:
-            k_parts.insert(0, self.bias_k.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
-            v_parts.insert(0, self.bias_v.view(1, heads, 1, head_dim).expand(batch, -1, -1, -1))
-        return torch.cat(k_parts, 2), torch.cat(v_parts, 2), len(k_parts) - 1
+        return linear_of(self.out_proj, join_heads(self, out, batched)), weights
 
     def _torch_forward(
         self,

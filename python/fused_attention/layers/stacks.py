@@ -7,16 +7,23 @@ Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
+from .blocks import LayerExtras, norm_of_layer
 from .decoder import TransformerDecoderLayer
+from .extras import AttentionOptions, refuse_unknown
+from .gated import gated_name
 from .multihead import MultiHeadAttention
 from .transformer import TransformerLayer, hands_masks_on
+
+if TYPE_CHECKING:
+    from typing import Unpack  # of Python 3.11
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -109,6 +116,9 @@ class Transformer(nn.Transformer):
     """`torch.nn.Transformer` with its constructor, state dict, initial weights and arguments, of our stacks and layers.
 
     custom_encoder and custom_decoder stay what they are. Where it means to differ is what its parts say of themselves.
+
+    Beyond torch's, keyword-only, as TransformerDecoderLayer has them, for the layers of both stacks: attention, activation, norm, also
+    of the stacks' last norms, sandwich, ff_bias and norm_bias.
     """
 
     def __init__(
@@ -128,7 +138,27 @@ class Transformer(nn.Transformer):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        norm: Literal["layer", "rms"] = "layer",
+        sandwich: bool = False,
+        ff_bias: bool | None = None,
+        norm_bias: bool | None = None,
+        **attention: "Unpack[AttentionOptions]",
     ) -> None:
+        extras = LayerExtras(norm, sandwich, None, ff_bias, norm_bias, gated_name(activation))
+        refuse_unknown(type(self), attention)
+        encoder, decoder = custom_encoder, custom_decoder
+        if extras.given() or attention:
+            if encoder is not None and decoder is not None:
+                given = ", ".join((*extras.given(), *attention))
+                raise ValueError(f"{given} would change layers, and custom_encoder and custom_decoder leave none to build: build them so")
+            arguments = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
+            arranged: dict[str, Any] = {"norm": norm, "sandwich": sandwich, "ff_bias": ff_bias, "norm_bias": norm_bias, **attention}
+            last = partial(norm_of_layer, extras, d_model, layer_norm_eps, bias, {"device": device, "dtype": dtype})
+            if encoder is None:
+                encoder = TransformerEncoder(TransformerLayer(*arguments, **arranged), num_encoder_layers, last(), False)
+            if decoder is None:
+                decoder = TransformerDecoder(TransformerDecoderLayer(*arguments, **arranged), num_decoder_layers, last())
         super().__init__(
             d_model,
             nhead,
@@ -137,8 +167,8 @@ class Transformer(nn.Transformer):
             dim_feedforward,
             dropout,
             activation,
-            custom_encoder,
-            custom_decoder,
+            encoder,
+            decoder,
             layer_norm_eps,
             batch_first,
             norm_first,
@@ -147,12 +177,12 @@ class Transformer(nn.Transformer):
             dtype,
         )
         # By class: further modules would draw from the generator, and the same seed must give the same weights as torch's model.
-        if custom_encoder is None:
+        if encoder is None:
             self.encoder.__class__ = TransformerEncoder
             for layer in self.encoder.layers:
                 layer.__class__ = TransformerLayer
                 layer.self_attn.__class__ = MultiHeadAttention
-        if custom_decoder is None:
+        if decoder is None:
             self.decoder.__class__ = TransformerDecoder
             for layer in self.decoder.layers:
                 layer.__class__ = TransformerDecoderLayer

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arrangement import arrange
 from .blocks import LayerExtras, add_extras
+from .cached import AnyCache, decode
 from .extras import AttentionOptions, refuse_script, refuse_unknown
-from .fused import add_norm_of, feed_forward
+from .fused import feed_forward
 from .gated import GATED, gated_name
 from .multihead import MultiHeadAttention
 
@@ -75,10 +77,11 @@ class TransformerLayer(StockLayer):
         extras.check(norm_first)
         refuse_unknown(type(self), attention)
         stock = activation if extras.activation is None else GATED[extras.activation]
-        super().__init__(d_model, nhead, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
+        heads = nhead if attention.get("head_dim") is None else 1  # torch wants to divide d_model among them
+        super().__init__(d_model, heads, dim_feedforward, dropout, stock, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # By class: a second module would draw from the generator, and the same seed must give the same weights as torch's layer.
         self.self_attn.__class__ = MultiHeadAttention
-        add_extras(self, extras, attention, layer_norm_eps)
+        add_extras(self, nhead, extras, attention, layer_norm_eps)
 
     def forward(
         self,
@@ -102,17 +105,22 @@ class TransformerLayer(StockLayer):
             src_key_padding_mask = F._canonical_mask(src_key_padding_mask, "src_key_padding_mask", other, "src_mask", src.dtype)
             src_mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, False)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            extras = self._fused_extras
-            if extras is not None and (extras.sandwich or extras.parallel is not None):
-                return self._arranged(src, src_mask, src_key_padding_mask, is_causal, extras)
+            return self._arranged(src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
-            normed, x = self._add_norm2(x, self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal))
-            x = x + self._ff_block(normed)
-        else:
-            x, _ = self._add_norm1(x, self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
-            x, _ = self._add_norm2(x, self._ff_block(x))
-        return x
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        out: Tensor = self.norm2(x + self._ff_block(x))
+        return out
+
+    def decode(self, src: Tensor, cache: AnyCache) -> Tensor:
+        """The layer's output for rows that follow those whose keys and values the cache holds, and now these rows' too; inference only.
+
+        src: (batch, rows, d_model), or (rows, batch, d_model) without batch_first: each row sees itself and what came before, as with
+        is_causal. cache: of `self.self_attn.new_cache(batch, capacity)`. An overridden `_sa_block` is not called.
+        """
+        return arrange(self, src, lambda x: self.dropout1(decode(self.self_attn, x, cache)), self._ff_block)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -120,28 +128,8 @@ class TransformerLayer(StockLayer):
         fed: Tensor = self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
         return fed
 
-    def _add_norm1(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return add_norm_of(self.norm1, x, block)
-        summed = x + block
-        return self.norm1(summed), summed
-
-    def _add_norm2(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return add_norm_of(self.norm2, x, block)
-        summed = x + block
-        return self.norm2(summed), summed
-
-    def _arranged(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, extras: LayerExtras) -> Tensor:
-        """The blocks with norms behind them too, or side by side."""
-        normed = self.norm1(x)
-        attended = self._sa_block(normed, mask, padding, is_causal=is_causal)
-        attended = self.after1(attended) if extras.sandwich else attended
-        total = x + attended
-        if extras.parallel != "one_norm":
-            normed = self.norm2(total if extras.parallel is None else x)
-        fed = self._ff_block(normed)
-        return total + (self.after2(fed) if extras.sandwich else fed)
+    def _arranged(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
+        return arrange(self, x, lambda x: self._sa_block(x, mask, padding, is_causal=is_causal), self._ff_block)
 
     def __prepare_scriptable__(self) -> nn.Module:
         refuse_script(self, self._fused_extras)
