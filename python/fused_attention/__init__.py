@@ -7,6 +7,8 @@ out = attention(q, k, v, causal=True)        # (batch, heads, seqlen, head_dim)
 from importlib.metadata import PackageNotFoundError, version
 
 from .backend import Explanation, backends
+from .cache import KVCache
+from .decoding import attention_with_cache
 from .explanation import explain
 from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_weights, attention_with_lse, warmup
 from .layers import (
@@ -21,6 +23,7 @@ from .layers import (
     restore_modules,
 )
 from .merge import merge_attention
+from .paging import PagedKVCache
 from .problem import AttentionOutput
 from .rotary import Rotary, apply_rotary
 from .sdpa import scaled_dot_product_attention
@@ -33,7 +36,9 @@ except PackageNotFoundError:  # a source tree on PYTHONPATH
 __all__ = [
     "AttentionOutput",
     "Explanation",
+    "KVCache",
     "MultiHeadAttention",
+    "PagedKVCache",
     "Report",
     "Rotary",
     "Transformer",
@@ -46,6 +51,7 @@ __all__ = [
     "attention_varlen",
     "attention_varlen_with_lse",
     "attention_weights",
+    "attention_with_cache",
     "attention_with_lse",
     "backends",
     "explain",

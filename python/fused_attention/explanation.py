@@ -6,8 +6,9 @@ A copy of a module is run on fake tensors, which have shapes, dtypes and devices
 from __future__ import annotations
 
 import copy
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import functional
+from . import decoding, functional
 from .backend import Explanation, explanation
+from .cache import Cache
 from .ops import forward_op, problem_of
 from .problem import Gradients
 
@@ -25,11 +27,14 @@ from .problem import Gradients
 @overload
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, **options: Any) -> Explanation: ...
 @overload
+def explain(q: Tensor, k: Cache, **options: Any) -> Explanation: ...
+@overload
 def explain(q: nn.Module, *inputs: Any, **options: Any) -> dict[str, Explanation]: ...
-def explain(q: Tensor | nn.Module, *inputs: Any, **options: Any) -> Explanation | dict[str, Explanation]:
+def explain(q: Any, *inputs: Any, **options: Any) -> Explanation | dict[str, Explanation]:
     """Which backend `attention(q, k, v, **options)` would take, and why not the others; nothing is run.
 
-    Accepts every option of `attention`, and cu_seqlens_q, cu_seqlens_k of `attention_varlen`.
+    Accepts every option of `attention`, and cu_seqlens_q, cu_seqlens_k of `attention_varlen`. With a cache in place of k and v, and the
+    options of `attention_with_cache`, the same of that call; nothing is appended.
 
     With a module in place of q, and what it is called with, the same of every attention call that it would make: a dict by the name
     of the submodule that makes it, "name (call 2)" if it makes another. Submodules that call torch's attention are not in it. A
@@ -42,6 +47,8 @@ def explain(q: Tensor | nn.Module, *inputs: Any, **options: Any) -> Explanation 
     """
     if isinstance(q, nn.Module):
         return _explain_module(q, inputs, options)
+    if inputs and isinstance(inputs[0], Cache):
+        return decoding.explain(q, *inputs, **options)
     return functional.explain(q, *inputs, **options)
 
 
@@ -54,6 +61,7 @@ def _explain_module(module: nn.Module, inputs: tuple[Any, ...], options: dict[st
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(replica.named_parameters()), **dict(replica.named_buffers())}
     state, inputs, options = tree_map_only(Tensor, fakes.from_tensor, (state, inputs, options))
+    inputs, options = tree_map_only(Cache, functools.partial(_without_data, fakes.from_tensor), (inputs, options))
     with _names_of_running_modules(module, replica) as running:
         record = _Record(running)
         try:
@@ -76,6 +84,14 @@ def _replica(module: nn.Module) -> nn.Module:
         raise NotImplementedError(
             f"explain runs a copy of {type(module).__name__}, which cannot be copied ({error}): explain its submodules"
         ) from error
+
+
+def _without_data(fake: Callable[[Tensor], Tensor], cache: Cache) -> Cache:
+    """A copy whose tensors have no data, for a module to append to."""
+    replica = copy.copy(cache)
+    for name, value in vars(cache).items():
+        setattr(replica, name, fake(value) if isinstance(value, Tensor) else copy.deepcopy(value))
+    return replica
 
 
 class _Record(TorchDispatchMode):
