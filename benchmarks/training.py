@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_attention
+from fused_attention.examples.standard_library import corpus
 
 from .timing import Protocol, Timing
 
@@ -87,22 +86,9 @@ class Training:
         return self.torch_step.median / self.step.median
 
 
-def corpus() -> bytes:
-    """The standard library's own modules, in the order of their names."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = bytearray()
-    for source in sorted(folder.glob("*.py")):
-        text += source.read_bytes()
-        if len(text) >= CORPUS_BYTES:
-            break
-    if len(text) <= 2 * CONTEXT:
-        raise FileNotFoundError(f"{folder} holds {len(text)} bytes of .py sources: the training run reads its text there; pass --no-train")
-    return bytes(text[:CORPUS_BYTES])
-
-
 def train(steps: int, protocol: Protocol, seed: int, say: Callable[[int], None] = lambda step: None) -> Training:
     """Trains both models a step each in turns, and compares them."""
-    text = corpus()
+    text = corpus(CORPUS_BYTES)
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     ours, twin = _models(seed)
     generator = torch.Generator().manual_seed(seed)

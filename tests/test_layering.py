@@ -1,6 +1,6 @@
 """Imports go down only: the edges that the modules of fused_attention have, and a check that reads every import and finds just these.
 
-layers -> functional -> ops -> backend -> triton_backend, cpu_backend, torch_backend;
+layers -> functional -> ops -> backend -> triton_backend, cuda_backend, cpu_backend, torch_backend;
 triton_backend -> triton_kernels, torch_backend -> blockwise -> scores -> dropout, problem
 """
 
@@ -32,9 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "torch_backend": {"autocast", "blockwise", "problem", "scores"},
     "cpu_arguments": {"problem"},
     "cpu_backend": {"cpu_arguments", "problem"},
+    "cpu_weights": {"autocast", "cpu_arguments", "cpu_backend", "listeners", "problem", "reference"},
+    "cuda_backend": {"cpu_arguments", "problem"},
     "triton_kernels": set(),
     "triton_backend": {"problem"},
-    "backend": {"cpu_backend", "problem", "torch_backend", "triton_backend"},
+    "backend": {"cpu_backend", "cuda_backend", "problem", "torch_backend", "triton_backend"},
     "batching": set(),
     "second_derivative": {"blockwise", "problem", "scores"},
     "ops": {"backend", "batching", "blockwise", "listeners", "problem", "second_derivative"},
@@ -42,30 +44,46 @@ ALLOWED: dict[str, set[str]] = {
     "jagged": set(),
     "listeners": {"problem"},
     "plans": {"backend", "problem", "validation"},
-    "functional": {"autocast", "backend", "dropout", "jagged", "ops", "plans", "problem", "reference", "validation"},
+    "functional": {"autocast", "backend", "cpu_weights", "dropout", "jagged", "ops", "plans", "problem", "reference", "validation"},
     "sdpa": {"functional"},
-    "rotary": {"layer_ops"},
+    "host": {"problem"},
+    "cache": {"host", "validation"},
+    "paging": {"cache"},
+    "cpu_pages": {"cpu_arguments", "cpu_backend", "listeners", "problem"},
+    "decoding": {"autocast", "backend", "cache", "cpu_pages", "functional", "host", "paging", "plans", "rotary", "validation"},
+    "rotary": {"layer_ops", "validation"},
     "positional": set(),
     "layer_ops": {"cpu_backend", "listeners", "triton_backend"},
-    "layers": {"dropout", "functional", "layer_ops", "positional", "rotary"},
-    "explanation": {"backend", "functional", "ops", "problem"},
-    "fused_attention": {"backend", "explanation", "functional", "layers", "merge", "problem", "rotary", "sdpa"},
+    "layers": {"cache", "decoding", "dropout", "functional", "layer_ops", "paging", "positional", "rotary"},
+    "models": {"layers", "paging", "positional"},
+    "examples": {"models"},
+    "explanation": {"backend", "cache", "decoding", "functional", "ops", "problem"},
+    "fused_attention": {
+        *("backend", "cache", "decoding", "explanation", "functional"),
+        *("layers", "merge", "paging", "problem", "rotary", "sdpa"),
+    },
     "__main__": set(),
     "testing": {"fused_attention", "backend", "problem", "validation"},
-    "benchmarks": {"fused_attention", "testing", "layer_ops", "backend", "listeners", "plans", "triton_backend"},  # four for host_path
+    "benchmarks": {
+        *("fused_attention", "examples", "testing"),
+        *("layer_ops", "backend", "listeners", "plans", "triton_backend"),  # four for host_path
+    },
 }
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {
     "cpu_backend": {"_cpu", "_build_info"},
+    "cpu_pages": {"_cpu"},
+    "cpu_weights": {"_cpu"},
+    "cuda_backend": {"_cuda", "_build_info"},
     "triton_backend": {"triton_kernels"},
     "benchmarks": {"triton_kernels"},
     "layer_ops": {"_cpu", "triton_kernels"},
     "__main__": {"fused_attention", "testing", "benchmarks", "_cpu", "_build_info"},
 }
-GENERATED = {"_cpu", "_build_info"}  # modules that a build makes: no source here has their names
+GENERATED = {"_cpu", "_cuda", "_build_info"}  # modules that a build makes: no source here has their names
 # Other packages that may be needed to import a module; a runtime dependency is what every module may need.
 DEPENDENCIES = {"torch"}
-EXTRAS = {"benchmarks": {"rich", "matplotlib", "pytest"}, "triton_kernels": {"triton"}}
+EXTRAS = {"benchmarks": {"rich", "matplotlib", "pytest"}, "examples": {"rich"}, "triton_kernels": {"triton"}}
 
 
 class Import(NamedTuple):

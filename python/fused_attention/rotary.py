@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from .layer_ops import rotate
-
-INDEX_DTYPES = (torch.int32, torch.int64)
+from .validation import INDEX_DTYPES
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | int | None = None, interleaved: bool = False) -> Tensor:
