@@ -83,5 +83,5 @@ def test_why_it_is_off(monkeypatch, answer, reason):
 def test_without_the_module_it_says_what_the_build_said(monkeypatch):
     cuda_backend._module.cache_clear()
     monkeypatch.setitem(sys.modules, "fused_attention._cuda", None)
-    monkeypatch.setattr(cuda_backend, "_build_reason", lambda: "nvcc was not found")
-    assert cuda_backend._unavailable.__wrapped__() == "the compiled module fused_attention._cuda is missing: nvcc was not found"
+    monkeypatch.setattr(cuda_backend, "build_reason", lambda part: f"nvcc was not found for {part}")
+    assert cuda_backend._unavailable.__wrapped__() == "the compiled module fused_attention._cuda is missing: nvcc was not found for cuda"

@@ -30,10 +30,11 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"problem", "scores"},
     "blockwise": {"problem", "scores"},
     "torch_backend": {"autocast", "blockwise", "problem", "scores"},
+    "built": set(),
     "cpu_arguments": {"problem"},
-    "cpu_backend": {"cpu_arguments", "problem"},
+    "cpu_backend": {"built", "cpu_arguments", "problem"},
     "cpu_weights": {"autocast", "cpu_arguments", "cpu_backend", "listeners", "problem", "reference"},
-    "cuda_backend": {"cpu_arguments", "problem"},
+    "cuda_backend": {"built", "cpu_arguments", "problem"},
     "triton_kernels": set(),
     "triton_backend": {"problem"},
     "backend": {"cpu_backend", "cuda_backend", "problem", "torch_backend", "triton_backend"},
@@ -71,10 +72,11 @@ ALLOWED: dict[str, set[str]] = {
 }
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {
-    "cpu_backend": {"_cpu", "_build_info"},
+    "built": {"_build_info"},
+    "cpu_backend": {"_cpu"},
     "cpu_pages": {"_cpu"},
     "cpu_weights": {"_cpu"},
-    "cuda_backend": {"_cuda", "_build_info"},
+    "cuda_backend": {"_cuda"},
     "triton_backend": {"triton_kernels"},
     "benchmarks": {"triton_kernels"},
     "layer_ops": {"_cpu", "triton_kernels"},

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .built import build_reason
 from .cpu_arguments import Arguments, pairs_view, view
-from .problem import AttentionOutput, Gradients, Known, Problem, empty_output
+from .problem import AttentionOutput, Gradients, Known, Problem, empty_output, empty_results
 
 # A forked child inherits OpenMP's pool without its threads, and would wait for them for ever.
 _PROCESS = os.getpid()
@@ -50,7 +51,7 @@ class CpuBackend:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
         if isinstance(problem, Known) and problem.notes is not None:
             return _run_again(q, k, v, problem, problem.notes)
-        out, lse = _empty(q, problem)
+        out, lse = empty_results(q, problem)
         call = Arguments(q, k, v, out, lse, problem)
         _module().forward(call.tensors, call.sizes, call.visible, call.options, threads())
         return AttentionOutput(out, lse)
@@ -99,7 +100,7 @@ def _run_again(q: Tensor, k: Tensor, v: Tensor, problem: Problem, notes: dict[st
     """forward for a problem without tensors: what follows from its facts is made once."""
     known: Prepared | None = notes.get("cpu")
     if known is None:
-        out, lse = _empty(q, problem)
+        out, lse = empty_results(q, problem)
         made = Arguments(q, k, v, out, lse, problem)
         views = tuple(view[1:] for view in made.tensors[:4])
         known = Prepared(made, views, made.tensors[5:], tuple(lse.shape), lse.dtype, problem.head_dim == problem.head_dim_v)
@@ -114,15 +115,6 @@ def _run_again(q: Tensor, k: Tensor, v: Tensor, problem: Problem, notes: dict[st
     )
     _module().forward(tensors, call.sizes, call.visible, call.options, threads())
     return AttentionOutput(out, lse)
-
-
-def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """out and lse for the kernels to write; packed rows of no member, which none visits, hold what they have to."""
-    out = empty_output(q, problem.head_dim_v)
-    if not problem.packed:
-        return out, q.new_empty(q.shape[:3], dtype=problem.accumulate_dtype)
-    lse = q.new_full((problem.heads, problem.seqlen_q), -torch.inf, dtype=problem.accumulate_dtype)
-    return out.zero_(), lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])
 
 
 def _zeros(bias: Tensor | None, problem: Problem) -> Tensor | None:
@@ -189,21 +181,11 @@ def _unavailable() -> str | None:
     except RuntimeError as error:  # an instruction set that this CPU does not have was asked for
         return str(error)
     except ImportError as error:
-        reason = _build_reason() or str(error)
+        reason = build_reason("cpu") or str(error)
         return (
             f"the compiled module fused_attention._cpu is missing: {reason} (install fused-attention again where there is a C++ compiler)"
         )
     return None
-
-
-def _build_reason() -> str | None:
-    """Why the build left the module out, if it says."""
-    try:
-        from ._build_info import REASONS
-    except ImportError:
-        return None
-    reason: str | None = REASONS.get("cpu")
-    return reason
 
 
 def threads() -> int:

@@ -12,8 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .built import build_reason
 from .cpu_arguments import Arguments, view
-from .problem import AttentionOutput, Gradients, Problem, empty_output
+from .problem import AttentionOutput, Gradients, Problem, empty_results
 
 DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD_DIM = 256
@@ -38,7 +39,7 @@ class CudaBackend:
         return "the CUDA kernels have not yet run on a GPU: only backend='cuda' takes them"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
-        out, lse = _empty(q, problem)
+        out, lse = empty_results(q, problem)
         call = Arguments(q, k, v, out, lse, problem)
         _module().forward(call.tensors, call.sizes, call.visible, call.options, *_queue(q.device))
         return AttentionOutput(out, lse)
@@ -84,15 +85,6 @@ def _too_old(problem: Problem) -> str | None:
     return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the cuda backend needs 8.0 (Ampere) or later"
 
 
-def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """out and lse for a kernel to write; packed rows of no member, which no block visits, hold what they have to."""
-    out = empty_output(q, problem.head_dim_v)
-    if not problem.packed:
-        return out, q.new_empty(q.shape[:3], dtype=problem.accumulate_dtype)
-    lse = q.new_full((problem.heads, problem.seqlen_q), -torch.inf, dtype=problem.accumulate_dtype)
-    return out.zero_(), lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])
-
-
 def _queue(device: torch.device) -> tuple[int, int]:
     """The number of a device and the address of its current stream."""
     stream = torch.cuda.current_stream(device)
@@ -111,7 +103,7 @@ def _unavailable() -> str | None:
     try:
         module = _module()
     except ImportError as error:
-        reason = _build_reason() or str(error)
+        reason = build_reason("cuda") or str(error)
         return f"the compiled module fused_attention._cuda is missing: {reason}"
     if torch.version.hip is not None:
         return "this PyTorch computes on AMD GPUs, and the CUDA kernels need an NVIDIA GPU"
@@ -128,13 +120,3 @@ def _unavailable() -> str | None:
 
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _build_reason() -> str | None:
-    """Why the build left the module out, if it says."""
-    try:
-        from ._build_info import REASONS
-    except ImportError:
-        return None
-    reason: str | None = REASONS.get("cuda")
-    return reason

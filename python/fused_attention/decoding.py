@@ -80,7 +80,8 @@ def attention_with_cache(
     given = _given(options)
     q, k, v = autocast.cast(q, k, v)
     chosen, more = _check(q, cache, k, v, new_lengths, members, given)
-    ranges = cache._ranges_of(chosen)
+    at = cache._index_of(chosen)
+    ranges = cache._ranges_at(at)
     problem, name, _ = plan(q, *cache._shape_of(chosen, more), given | {"kv_lengths": ranges}, backend)
     if rotary is not None:
         q, k = _turn(q, k, cache, chosen, ranges, rotary, interleaved)
@@ -90,10 +91,10 @@ def attention_with_cache(
         given["offset"] = ranges[:, 1].clone()
     if k is not None and v is not None:
         cache._put(k, v, new_lengths, chosen)
-    given["kv_lengths"] = cache._ranges_of(chosen)
+    given["kv_lengths"] = cache._ranges_at(at)
     if isinstance(cache, PagedKVCache) and name == "cpu":
         problem = problem._replace(kv_lengths=given["kv_lengths"], offset=given.get("offset"))
-        operands = q, cache.k, cache.v, cache._table_of(chosen), problem
+        operands = q, cache.k, cache.v, cache._table_of(chosen, at), problem
         out = cpu_pages.attend(*operands) if cpu_pages.computes(*operands) else None
         if out is not None:
             return out
@@ -120,7 +121,7 @@ def explain(
     if unknown:
         raise TypeError(f"explain() of a cache got {', '.join(sorted(unknown))}: it takes the options of attention_with_cache")
     chosen, more = _check(q, cache, k, v, new_lengths, members, given)
-    return explanation(check(q, *cache._shape_of(chosen, more), **given, kv_lengths=cache._ranges_of(chosen)), backend)
+    return explanation(check(q, *cache._shape_of(chosen, more), **given, kv_lengths=cache._ranges_at(cache._index_of(chosen))), backend)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -137,3 +137,13 @@ def empty_output(q: Tensor, head_dim_v: int) -> Tensor:
     order = sorted(range(q.dim()), key=lambda dim: strides[dim], reverse=True)
     shape = (*q.shape[:-1], head_dim_v)
     return q.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(q.dim())])
+
+
+def empty_results(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """out and lse for a kernel to write; packed rows of no member, which nobody visits, hold what they have to."""
+    out = empty_output(q, problem.head_dim_v)
+    if not problem.packed:
+        batch, heads, seqlen_q, _ = q.shape
+        return out, torch.empty((batch, heads, seqlen_q), dtype=problem.accumulate_dtype, device=q.device)
+    lse = q.new_full((problem.heads, problem.seqlen_q), -torch.inf, dtype=problem.accumulate_dtype)
+    return out.zero_(), lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import AttentionOutput, Gradients, Problem, empty_output
+from .problem import AttentionOutput, Gradients, Problem, empty_results
 
 LARGEST_HEAD_DIM = 512
 MOST_PROGRAMS = 2**31 - 1  # of a grid's first dimension
@@ -51,7 +51,7 @@ class TritonBackend:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
         kernels = _kernels()
-        out, lse = _empty(q, problem)
+        out, lse = empty_results(q, problem)
         tile = _tile("decode", problem)
         if kernels.decode.suits(problem.seqlen_q, problem.group, problem.packed, tile):
             kernels.decode.decode(q, k, v, out, lse, problem, tile)
@@ -81,16 +81,6 @@ def _kernels() -> Kernels:
     from .triton_kernels import backward, decode, forward, tiles
 
     return Kernels(forward, decode, backward, tiles)
-
-
-def _empty(q: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """out and lse for a kernel to write; packed rows of no member, which no program visits, hold what they have to."""
-    out = empty_output(q, problem.head_dim_v)
-    if not problem.packed:
-        batch, heads, seqlen_q, _ = q.shape
-        return out, torch.empty((batch, heads, seqlen_q), dtype=problem.accumulate_dtype, device=q.device)
-    lse = q.new_full((problem.heads, problem.seqlen_q), -torch.inf, dtype=problem.accumulate_dtype)
-    return out.zero_(), lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])
 
 
 def _tile(name: str, problem: Problem) -> Any:
