@@ -176,7 +176,7 @@ def test_inside_another_parallel_region(threads):
         pools.append(library.omp_in_parallel())
         before = threads_of_process()
         found.append(inputs.run("cpu"))
-        pools.append(before == threads_of_process())
+        pools.append(threads_of_process() <= before)
 
     levels = library.omp_get_max_active_levels()
     library.omp_set_max_active_levels(2)  # or OpenMP itself would forbid what is looked for
@@ -188,8 +188,9 @@ def test_inside_another_parallel_region(threads):
         same_bits(results, expected)
 
 
-def threads_of_process() -> int:
-    return len(os.listdir("/proc/self/task"))
+def threads_of_process() -> set[str]:
+    """Those that earlier tests left may end meanwhile: only new ones tell."""
+    return set(os.listdir("/proc/self/task"))
 
 
 FORK = """
