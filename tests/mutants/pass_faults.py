@@ -227,8 +227,6 @@ LAUNCH: Table = {
     "nothing-launched-for-nothing": ("launch", "if programs == 0:", "if programs < 0:"),
 }
 BACKEND: Table = {
-    "packed-output-uninitialised": ("packed-unused-sinks", "return out.zero_(), lse", "return out, lse"),
-    "packed-lse-without-sinks": ("packed-unused-sinks", "lse if problem.sinks is None else lse.copy_(problem.sinks[:, None])", "lse"),
     "every-gradient-without-lse": ("causal", "backward(dout, dlse, q,", "backward(dout, None, q,"),
 }
 

@@ -24,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parents[1]
+QUICKLY = {"FUSED_ATTENTION_CPU": "1", "CXXFLAGS": "-O0"}
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build_info.py", "results")
 USE = """
 import json, torch, fused_attention
@@ -117,7 +118,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), FUSED_ATTENTION_CPU="1")
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), **QUICKLY)
 
 
 def test_the_sdist_holds_what_builds_and_tests_the_package(sdist: Path, tree: Path) -> None:
@@ -173,14 +174,13 @@ def test_the_wheel_runs(wheel: Path, environment: Environment) -> None:
 
 
 def test_a_tree_installs_then_an_editable_install_replaces_it(tree: Path, environment: Environment) -> None:
-    quickly = {"FUSED_ATTENTION_CPU": "1", "CXXFLAGS": "-O0"}
-    environment.pip("install", "--no-deps", tree, **quickly)
+    environment.pip("install", "--no-deps", tree, **QUICKLY)
     assert environment.top_level() == {"fused_attention"}
     facts = environment.use()
     assert facts["file"].startswith(str(environment.packages))
     assert facts["backends"]["cpu"] == "on"
 
-    environment.pip("install", "--no-deps", "-e", tree, **quickly)
+    environment.pip("install", "--no-deps", "-e", tree, **QUICKLY)
     facts = environment.use()
     assert facts["file"].startswith(str(tree))
     assert facts["backends"]["cpu"] == "on"
