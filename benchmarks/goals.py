@@ -62,7 +62,10 @@ TINY = shape("B1 H8 S16 D64", 1, 8, 16, 64)
 DECODE = shape("MHA, B1 H8 S4096 D128", 1, 8, 4096, 128, seqlen_q=1, backward=False)
 DECODE_GROUPS = shape("GQA, B1 H32/8 S4096 D128", 1, 32, 4096, 128, kv_heads=8, seqlen_q=1, backward=False)
 LENGTHS = (179, 763, 310, 512, 233, 640, 421, 555)
-LAYERS = (shape("E512 B8 S128", 8, 8, 128, 64), shape("E512 B1 S512", 1, 8, 512, 64), shape("E512 B1 S2048", 1, 8, 2048, 64))
+LAYERS = (
+    *(shape("E512 B8 S128", 8, 8, 128, 64), shape("E512 B1 S512", 1, 8, 512, 64)),
+    *(shape("E512 B1 S1024", 1, 8, 1024, 64), shape("E512 B1 S2048", 1, 8, 2048, 64)),
+)
 WIDE_LAYERS = (shape("E1024 B8 S128", 8, 16, 128, 64), shape("E1024 B1 S512", 1, 16, 512, 64), shape("E1024 B1 S1024", 1, 16, 1024, 64))
 OPTIONS = ("mask", "bias", "kv_lengths", "window", "alibi_slopes", "softcap")
 
@@ -96,7 +99,7 @@ def goals(shrink: int = 1) -> Iterator[Goal]:
         if workload.seqlen_k >= 512:
             late = workload.seqlen_k >= 1024
             yield _layer("fp32", _causal(workload), shrink, {TORCH_NN: 3.0 if late else 2.5}, {TORCH_NN: 5.0 if late else 3.0})
-    for workload, must in zip((*LAYERS, *WIDE_LAYERS), (1.2, 1.5, 2.2, 1.15, 1.25, 1.25), strict=True):
+    for workload, must in zip((*LAYERS, *WIDE_LAYERS), (1.2, 1.5, 1.5, 2.2, 1.15, 1.25, 1.25), strict=True):
         yield _layer("bf16", workload, shrink, {CAREFUL: must}, {})
     for workload in LAYERS[:2]:
         small = _shrunk(workload, shrink)

@@ -64,7 +64,6 @@ FAULTS: dict[str, Fault] = {
     "query-without-a-partner-forgotten": Fault(
         "cpu/backward.inl", "Operands::steps(see.hi) - first", "see.hi / Operands::kTerms - first", "avx512_bf16"
     ),
-    "keys-that-no-row-sees-take-what-lies-there": Fault("cpu/backward.inl", "if (see.empty()) return;", "", "avx512_bf16"),
     "hidden-half-of-a-pair-enters": Fault(
         "cpu/pair_operands.inl", "return (IntVec)(((Halves)x & 0x7fff) != 0);", "return ~IntVec{};", "avx512_bf16"
     ),
