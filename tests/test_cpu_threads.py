@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -150,47 +149,48 @@ def test_many_python_threads_at_once(threads):
     assert not failures, failures[0]
 
 
-def gnu_openmp() -> ctypes.CDLL | None:
-    """The pool that PyTorch brought along, if it is GNU's."""
+REGION = """
+import ctypes, os, sys, torch
+sys.path[:0] = ["."]
+from tests.test_cpu_threads import CASES, same_bits
+torch.set_num_threads(2)
+inputs = CASES[1].make()
+expected = inputs.run("cpu")
+with open("/proc/self/maps") as maps:
+    library = ctypes.CDLL({line.split()[-1] for line in maps if "libgomp" in line}.pop())
+seen = []
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def region(_):
+    before = set(os.listdir("/proc/self/task"))
+    results = inputs.run("cpu")
+    seen.append((library.omp_in_parallel(), set(os.listdir("/proc/self/task")) - before, results))
+
+library.omp_set_max_active_levels(2)  # or OpenMP itself would forbid what is looked for
+library.GOMP_parallel(region, None, ctypes.c_uint(2), ctypes.c_uint(0))
+assert [inside for inside, _, _ in seen] == [1, 1], "that was no parallel region of two threads"
+for _, started, results in seen:
+    assert not started, f"a call inside the region started threads: {started}"
+    same_bits(results, expected)
+"""
+
+
+def brings_gnu_openmp() -> bool:
     try:
         with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "libgomp" in line}
+            return any("libgomp" in line for line in maps)
     except OSError:
-        return None
-    return ctypes.CDLL(paths.pop()) if paths else None
+        return False
 
 
-def test_inside_another_parallel_region(threads):
-    """Every thread of a region computes for itself: two pools inside one another would be threads squared."""
-    library = gnu_openmp()
-    if library is None:
-        pytest.skip("PyTorch's OpenMP is not GNU's here, and no other lets Python open a parallel region")
-    threads(2)
-    inputs = CASES[1].make()
-    expected = inputs.run("cpu")
-    found: list[dict[str, Tensor]] = []
-    pools: list[int] = []
+@pytest.mark.skipif(not brings_gnu_openmp(), reason="PyTorch's OpenMP is not GNU's here, and no other lets Python open a parallel region")
+def test_inside_another_parallel_region():
+    """Every thread of a region computes for itself: two pools inside one another would be threads squared.
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    def region(_: int) -> None:
-        pools.append(library.omp_in_parallel())
-        before = threads_of_process()
-        found.append(inputs.run("cpu"))
-        pools.append(threads_of_process() <= before)
-
-    levels = library.omp_get_max_active_levels()
-    library.omp_set_max_active_levels(2)  # or OpenMP itself would forbid what is looked for
-    library.GOMP_parallel(region, None, ctypes.c_uint(2), ctypes.c_uint(0))
-    library.omp_set_max_active_levels(levels)
-    assert pools == [1] * 4, "the region is none, or a call inside it started threads"
-    assert len(found) == 2
-    for results in found:
-        same_bits(results, expected)
-
-
-def threads_of_process() -> set[str]:
-    """Those that earlier tests left may end meanwhile: only new ones tell."""
-    return set(os.listdir("/proc/self/task"))
+    In a process of its own, where no thread of another test begins meanwhile.
+    """
+    run = subprocess.run([sys.executable, "-c", REGION], cwd=ROOT, timeout=100, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 FORK = """
