@@ -15,6 +15,7 @@ from fused_attention.testing import CASES, Case, check, generator
 RUNNABLE = [name for name, reason in backends().items() if reason is None]
 JUDGED = ["triton"] if "triton" in RUNNABLE else RUNNABLE  # under TRITON_INTERPRET=1 the others have had their turn
 COUNT = 200
+PREVIOUSLY_FAILED = [2037]  # float16 gradients of scores that underflow only once the softcap has taken its part
 
 
 def run_everywhere(case: Case, seed: int) -> None:
@@ -36,7 +37,7 @@ def run_everywhere(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("backends", ["+".join(JUDGED)])
-@pytest.mark.parametrize("seed", range(150 if "triton" in JUDGED else COUNT))
+@pytest.mark.parametrize("seed", [*range(150 if "triton" in JUDGED else COUNT), *PREVIOUSLY_FAILED])
 def test_a_generated_problem_equals_the_oracle(seed, backends, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", 16)
     run_everywhere(generator.random_case(seed), seed)

@@ -191,7 +191,7 @@ def _backward(call: Call, member: int, index: int, head: Head, forward: Forward,
         steepness = _steepness(call, head)
         steepness_error = 2 * head.capped.abs() / call.softcap**2 * forward.scores + (forward.scores / call.softcap) ** 2 + 8 * a.element
         products = dscores * steepness
-        products_error = error * steepness + (dscores.abs() + error) * steepness_error * visible
+        products_error = error * steepness + (dscores.abs() + error) * steepness_error * visible + a.underflow * visible
     scale, rows, columns = abs(call.scale), visible.sum(dim=0)[:, None], visible.sum(dim=1)[:, None]
     kv_head, q, k = index // call.group, scale * head.q.abs(), scale * head.k.abs()
     sums["dq"].add(lambda t: call.queries(t, member)[index], products_error @ k, products.abs() @ k, columns)
