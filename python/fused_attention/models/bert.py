@@ -21,7 +21,7 @@ from .lengths import check_length
 
 @dataclass(frozen=True)
 class BERTConfig:
-    """kinds: of segments, such as the first and the second sentence."""
+    """kinds: of segments, such as the first and the second sentence. deviation: of the first weights; width**-0.5 suits narrow models."""
 
     vocabulary: int
     context: int = 512
@@ -32,6 +32,7 @@ class BERTConfig:
     kinds: int = 2
     dropout: float = 0.1
     eps: float = 1e-12
+    deviation: float = 0.02
 
 
 class BERT(nn.Module):
@@ -54,7 +55,7 @@ class BERT(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
         for parameter in self.parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=config.deviation)
 
     def forward(self, tokens: Tensor, hidden: Tensor | None = None, kinds: Tensor | None = None) -> Tensor:
         """hidden: bool (batch, seqlen), True for padding; kinds: int64 (batch, seqlen), 0 unless given."""
