@@ -1,12 +1,13 @@
 """Compiles csrc/cpu/*.cpp into fused_attention._cpu with g++ or clang++ under ninja: no torch, and no -march.
 
-One object for each source, remade when the source, one of its headers or the command changes:
+One object for each source, remade when the source, one of its headers, the command or the compiler changes:
 
     c++ FLAGS -Icsrc -c csrc/cpu/x.cpp -o x.o        c++ -shared -fopenmp *.o -o _cpu.so
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
@@ -32,6 +33,12 @@ class Compiler(NamedTuple):
 
     command: tuple[str, ...]
     version: str
+
+    @property
+    def launched(self) -> tuple[str, tuple[str, ...]]:
+        """The compiler itself, which in CXX may follow a launcher, as g++ does in `ccache g++ -m64`, and the flags after it."""
+        words = list(itertools.takewhile(lambda word: not word.startswith("-"), self.command))
+        return words[-1], self.command[len(words) :]
 
 
 def cpu_extension() -> Extension:
@@ -71,7 +78,7 @@ def compile_cpu(
         "link": f"{command(*compiler.command)} $in {command(*link)} -o $out",
     }
     objects = {f"{Path(source).stem}.o": (source, "compile") for source in sources}
-    library = make(folder, rules, objects, "_cpu.so", f"the C++ sources do not compile with {compiler.version}")
+    library = make(folder, rules, objects, "_cpu.so", compiler.version, f"the C++ sources do not compile with {compiler.version}")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(library, target)
     return {"compiler": compiler.version, "flags": shlex.join(flags), "pybind11": pybind_version()}

@@ -21,12 +21,13 @@ OLDEST = (12, 8)  # that knows sm_100 and sm_120
 
 
 class Toolkit(NamedTuple):
-    """How to call nvcc, where its headers and the static runtime are, and its version."""
+    """How to call nvcc, where its headers and the static runtime are, its version, and all that it says of itself."""
 
     nvcc: Path
     include: Path
     libraries: Path
     version: tuple[int, int]
+    build: str
 
 
 def find_toolkit(from_packages: bool = False) -> Toolkit:
@@ -34,7 +35,7 @@ def find_toolkit(from_packages: bool = False) -> Toolkit:
     if sys.platform != "linux":
         raise CompileError(f"the CUDA kernels are built on Linux alone, and this is {sys.platform}")
     nvcc = _packaged_nvcc() if from_packages else _installed_nvcc()
-    home, version = _describe(nvcc)
+    home, version, build = _describe(nvcc)
     if version < OLDEST:
         raise CompileError(f"{nvcc} is of CUDA {version[0]}.{version[1]}: install CUDA {OLDEST[0]}.{OLDEST[1]} or later")
     # The packages have lib and no lib64, which nvcc itself would look into.
@@ -46,7 +47,7 @@ def find_toolkit(from_packages: bool = False) -> Toolkit:
     include = next((place for place in headers if (place / "cuda_runtime.h").exists()), None)
     if include is None:
         raise CompileError(f"{home} has no cuda_runtime.h: install the development files of the CUDA runtime beside {nvcc}")
-    return Toolkit(nvcc, include, libraries, version)
+    return Toolkit(nvcc, include, libraries, version, build)
 
 
 def _installed_nvcc() -> Path:
@@ -70,13 +71,13 @@ def _packaged_nvcc() -> Path:
     raise CompileError(f"nvcc is not among the installed packages: pip install {' '.join(map(repr, PACKAGES))}")
 
 
-def _describe(nvcc: Path) -> tuple[Path, tuple[int, int]]:
-    """The folder of the toolkit and its version, in nvcc's own words."""
+def _describe(nvcc: Path) -> tuple[Path, tuple[int, int], str]:
+    """The folder of the toolkit, its version, and what nvcc says of itself."""
     plan, release = _ask(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull), _ask(nvcc, "--version")
     home, version = re.search(r"_HERE_=(.+)", plan), re.search(r"release (\d+)\.(\d+)", release)
     if home is None or version is None:
         raise CompileError(f"{nvcc} does not say where it is and of which release: name another one in CUDA_HOME")
-    return Path(home[1].strip()).parent, (int(version[1]), int(version[2]))
+    return Path(home[1].strip()).parent, (int(version[1]), int(version[2])), release
 
 
 def _ask(nvcc: Path, *arguments: str) -> str:

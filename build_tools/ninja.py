@@ -39,20 +39,26 @@ def command(*words: str) -> str:
     return str(escape(shlex.join(words)))
 
 
-def make(folder: Path, rules: Rules, objects: dict[str, tuple[str, str]], target: str, compiler: str) -> Path:
-    """Links `target` in `folder` from objects, each made of a source by a rule; remade when the source, a header or a command changes.
+def make(folder: Path, rules: Rules, objects: dict[str, tuple[str, str]], target: str, compilers: str, failure: str) -> Path:
+    """Links `target` in `folder` from objects, each made of a source by a rule.
 
-    The rule `link` makes the target; the others write the headers they read to $out.d. Raises CompileError with the compiler's message.
+    They are remade when the source, a header, a command or `compilers` changes, which tells a compiler from what lies in its place later.
+    The rule `link` makes the target; the others write the headers they read to $out.d. Raises CompileError with `failure` and the
+    compiler's message.
     """
     from ninja.ninja_syntax import escape_path
 
     root = os.path.relpath(".", folder)
+    made_with = folder / "compilers.txt"
+    if not made_with.exists() or made_with.read_text() != compilers:
+        made_with.write_text(compilers)
     lines = []
     for name, line in rules.items():
         lines += [f"rule {name}", f"  command = {line}"]
         if name != "link":
             lines += ["  depfile = $out.d", "  deps = gcc"]
-    lines += [f"build {escape_path(out)}: {rule} {escape_path(f'{root}/{source}')}" for out, (source, rule) in objects.items()]
+    for out, (source, rule) in objects.items():
+        lines.append(f"build {escape_path(out)}: {rule} {escape_path(f'{root}/{source}')} | {made_with.name}")
     lines += [f"build {target}: link {' '.join(map(escape_path, objects))}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
     made = subprocess.run(
@@ -64,5 +70,5 @@ def make(folder: Path, rules: Rules, objects: dict[str, tuple[str, str]], target
     print(made.stdout, flush=True)
     if made.returncode:
         errors = [line for line in made.stdout.splitlines() if "error" in line] or made.stdout.splitlines()[-1:]
-        raise CompileError(f"{compiler}: {errors[0] if errors else 'ninja says nothing'}")
+        raise CompileError(f"{failure}: {errors[0] if errors else 'ninja says nothing'}")
     return folder / target

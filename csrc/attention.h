@@ -38,6 +38,7 @@ struct AttentionParams {
   const void* slopes;  // Reals: ALiBi of (batch, heads), slopes_batch apart
   int64_t slopes_batch;
   void* dslopes;      // Reals (batch, heads)
+  void* row_dslopes;  // like lse: what each row adds to dslopes; CUDA alone
   const void* sinks;  // Reals (heads,)
   int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
   double scale, softcap;              // softcap 0: none
@@ -57,4 +58,8 @@ struct AttentionParams {
   const int64_t* dropout_seed;  // (seed, offset)
   int64_t dropout_threshold;    // a random word below it drops the pair
   double dropout_scale;         // of what is kept
+  // CUDA alone: of each `split_keys` keys the rows (batch, heads, seqlen_q) of head_dim_v that they give, and their
+  // lse.
+  float *split_out, *split_lse;
+  int64_t split_keys;
 };

@@ -12,6 +12,14 @@
 #define HOST_DEVICE
 #endif
 
+// A number that the caller's tensor holds.
+#ifdef SIMT_SHIM
+#include "primitives.h"
+inline int64_t read(const int64_t* at) { return load_global<int64_t>(at); }
+#else
+HOST_DEVICE inline int64_t read(const int64_t* at) { return *at; }
+#endif
+
 HOST_DEVICE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 HOST_DEVICE inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 HOST_DEVICE inline int64_t clamp(int64_t x, int64_t lo, int64_t hi) { return smaller(larger(x, lo), hi); }
@@ -33,10 +41,10 @@ struct Member {
 // cu_seqlens are untrusted: members are cut to the rows there are, and never negative.
 HOST_DEVICE inline Member member_of(const AttentionParams& p, int64_t batch) {
   if (!p.cu_seqlens_q) return {batch, 0, p.seqlen_q, 0, p.seqlen_k};
-  const int64_t first_q = clamp(p.cu_seqlens_q[batch], 0, p.seqlen_q);
-  const int64_t first_k = clamp(p.cu_seqlens_k[batch], 0, p.seqlen_k);
-  return {batch, first_q, clamp(p.cu_seqlens_q[batch + 1], first_q, p.seqlen_q) - first_q, first_k,
-          clamp(p.cu_seqlens_k[batch + 1], first_k, p.seqlen_k) - first_k};
+  const int64_t first_q = clamp(read(p.cu_seqlens_q + batch), 0, p.seqlen_q);
+  const int64_t first_k = clamp(read(p.cu_seqlens_k + batch), 0, p.seqlen_k);
+  return {batch, first_q, clamp(read(p.cu_seqlens_q + batch + 1), first_q, p.seqlen_q) - first_q, first_k,
+          clamp(read(p.cu_seqlens_k + batch + 1), first_k, p.seqlen_k) - first_k};
 }
 
 // What the rows of one batch member see.
@@ -65,9 +73,9 @@ struct Visibility {
 // int64.
 HOST_DEVICE inline Visibility visibility(const AttentionParams& p, const Member& m) {
   constexpr int64_t kFar = int64_t{1} << 61;
-  const int64_t start = p.starts ? clamp(p.starts[m.batch * p.kv_stride], 0, m.seqlen_k) : 0;
-  const int64_t end = p.ends ? clamp(p.ends[m.batch * p.kv_stride], 0, m.seqlen_k) : m.seqlen_k;
-  const int64_t given = p.offsets ? p.offsets[m.batch] : p.has_offset ? p.offset : end - m.seqlen_q;
+  const int64_t start = p.starts ? clamp(read(p.starts + m.batch * p.kv_stride), 0, m.seqlen_k) : 0;
+  const int64_t end = p.ends ? clamp(read(p.ends + m.batch * p.kv_stride), 0, m.seqlen_k) : m.seqlen_k;
+  const int64_t given = p.offsets ? read(p.offsets + m.batch) : p.has_offset ? p.offset : end - m.seqlen_q;
   const int64_t offset = clamp(given, -kFar, kFar);
   return {start, end, p.window_left == kUnbounded ? -2 * kFar : offset - smaller(p.window_left, kFar),
           p.window_right == kUnbounded ? 2 * kFar : offset + smaller(p.window_right, kFar), offset};

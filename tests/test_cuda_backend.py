@@ -31,7 +31,7 @@ def problem(*, dtype=torch.bfloat16, architecture=(9, 0), **facts) -> Problem:
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"dtype": torch.float32}, "q is torch.float32, and the cuda backend computes torch.float16 and torch.bfloat16"),
+        ({"dtype": torch.float64}, "q is torch.float64, and the cuda backend computes torch.float16, torch.bfloat16 and torch.float32"),
         ({"head_dim": 257}, "head_dim is 257, head_dim_v 257, and the cuda backend computes up to 256"),
         ({"head_dim_v": 300}, "head_dim is 8, head_dim_v 300, and"),
         ({"architecture": (7, 5)}, "the GPU has compute capability 7.5, and the cuda backend needs 8.0"),
@@ -41,19 +41,63 @@ def test_what_it_refuses_it_refuses_with_the_numbers(facts, reason):
     assert CUDA.unsupported(problem(**facts)).startswith(reason)
 
 
-def test_a_call_that_needs_gradients_it_lacks_is_refused_before_it_runs():
-    needs = problem()._replace(gradients=frozenset(("q", "sinks", "bias")))
-    reason = "gradients of bias, sinks are needed, and the cuda backend computes those of q, k and v alone so far"
-    assert CUDA.unsupported(needs) == reason
-    assert CUDA.unsupported(problem()._replace(gradients=frozenset(("q", "k", "v")))) is None
+def test_it_has_every_gradient():
+    needs = frozenset(("q", "k", "v", "bias", "alibi_slopes", "sinks"))
+    assert CUDA.unsupported(problem()._replace(gradients=needs)) is None
 
 
 def test_a_grid_has_an_end():
-    huge = Layout((2**16, 2**10, 2**10, 64), (0, 0, 0, 0))
-    refusal = CUDA.unsupported(problem()._replace(q=huge, k=huge, v=huge))
-    assert refusal is None
-    huge = Layout((2**16, 2**10, 2**12, 64), (0, 0, 0, 0))
-    assert CUDA.unsupported(problem()._replace(q=huge, k=huge, v=huge)).startswith("q and k have 65536 x 1024 heads of 4096 queries")
+    def refusal(seqlen: int, gradients: str = "") -> str | None:
+        huge = Layout((2**16, 2**10, seqlen, 64), (0, 0, 0, 0))
+        return CUDA.unsupported(problem()._replace(q=huge, k=huge, v=huge, gradients=frozenset(gradients)))
+
+    assert refusal(2**9) is None
+    shape = "q and k have 65536 x 1024 heads of {0} queries and {0} keys".format
+    assert refusal(2**12) == f"{shape(2**12)}: a launch would have {129 * 2**26} blocks, and a grid has at most {2**31 - 1}"
+    # What the backward launches beside is more: two blocks share a tile of keys, and one adds up four rows.
+    assert refusal(2**10, "q").startswith(f"{shape(2**10)}: a launch would have {257 * 2**26} blocks")
+    few, many = Layout((2**16, 2**10, 16, 64), (0, 0, 0, 0)), Layout((2**16, 2**10, 2**14, 64), (0, 0, 0, 0))
+    assert f"would have {2**6 * 2 * 2**26} blocks" in str(CUDA.unsupported(problem()._replace(q=few, k=many, v=many)))  # which share keys
+    assert refusal(2**30 + 1).endswith(f"computes up to {2**30} rows a head")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "served", "refused"),
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(9, 0), (12, 0)]),
+        ("89", [(8, 9)], [(8, 0), (8, 6)]),
+        ("80+PTX", [(8, 0), (9, 0), (10, 3), (12, 1)], []),
+        ("90+PTX", [(9, 0), (12, 0)], [(8, 9)]),
+        ("90a+PTX", [(9, 0)], [(9, 1), (10, 0)]),
+        ("100f+PTX", [(10, 0), (10, 3)], [(11, 0), (12, 0), (9, 0)]),
+        ("80,90,100,120", [(8, 6), (9, 0), (10, 3), (12, 1)], [(11, 0), (13, 0)]),
+    ],
+)
+def test_a_gpu_that_the_module_has_no_code_for_is_refused(built_for, served, refused, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "_built_for", lambda: built_for)
+
+    def refusal(capability: tuple[int, int]) -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return CUDA.unsupported(problem(architecture=None))
+
+    assert {capability: refusal(capability) for capability in served} == dict.fromkeys(served)
+    for capability in refused:
+        assert CUDA.unsupported(problem(architecture=capability)) is None  # of a GPU that is not here every build is asked
+        number = "{}{}".format(*capability)
+        assert refusal(capability) == (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, and fused_attention._cuda was built for {built_for} "
+            f"(FUSED_ATTENTION_CUDA_ARCHS): install fused-attention again with FUSED_ATTENTION_CUDA_ARCHS={built_for},{number}"
+        )
+
+
+def test_a_module_that_is_not_there_refuses_no_gpu(monkeypatch):
+    """`unavailable` tells that."""
+    monkeypatch.setitem(sys.modules, "fused_attention._cuda", None)
+    cuda_backend._module.cache_clear()
+    assert cuda_backend._built_for.__wrapped__() == ""
+    monkeypatch.setattr(cuda_backend, "_built_for", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (11, 0))
+    assert CUDA.unsupported(problem(architecture=None)) is None
 
 
 def test_it_is_taken_only_where_it_is_asked_for(monkeypatch):

@@ -10,12 +10,13 @@
 #include "cuda/differentiate.cuh"
 
 // SPLIT blocks share the columns of dk and dv, where one's registers can't hold them.
-template <class T_, int D_, int M_, int N_, int SPLIT_, bool OPTIONS_>
+template <class T_, int D_, int M_, int N_, int STAGES_, int SPLIT_, bool OPTIONS_>
 struct KeyConfig {
   using T = T_;
-  static constexpr int D = D_, M = M_, N = N_, SPLIT = SPLIT_, kThreads = N / 16 * 32, kColumns = D / SPLIT;
+  static constexpr int D = D_, M = M_, N = N_, STAGES = STAGES_, SPLIT = SPLIT_, kThreads = N / 16 * 32,
+                       kColumns = D / SPLIT;
   static constexpr bool OPTIONS = OPTIONS_;
-  static constexpr int kQuery = M * D * 2, kKey = N * D * 2, kShared = 2 * kKey + 4 * kQuery;
+  static constexpr int kQuery = M * D * kBytes<T>, kKey = N * D * kBytes<T>, kShared = 2 * kKey + 2 * STAGES * kQuery;
   static_assert(kShared <= 99 * 1024, "what a block may have on every architecture from sm_80 on");
 };
 
@@ -23,7 +24,7 @@ template <class C>
 KERNEL(C::kThreads)
 key_kernel(ARGUMENT AttentionParams p) {
   using T = typename C::T;
-  constexpr int D = C::D, M = C::M, N = C::N, kThreads = C::kThreads, kColumns = C::kColumns;
+  constexpr int D = C::D, M = C::M, N = C::N, kThreads = C::kThreads, kColumns = C::kColumns, STAGES = C::STAGES;
   constexpr bool OPTIONS = C::OPTIONS;
   SHARED(memory);
   char *const k_tile = memory, *const v_tile = memory + C::kKey, *const stages = v_tile + C::kKey;
@@ -39,17 +40,17 @@ key_kernel(ARGUMENT AttentionParams p) {
   const int begin = int(queries.lo / M * M);
   const int tiles = queries.empty() ? 0 : int((queries.hi - begin + M - 1) / M), turns = tiles * group;
 
-  // q and dout of a turn, into one of two stages.
+  // q and dout of a turn, into its stage.
   const auto load_queries = [&](int turn) {
     if (turn < turns) {
       const int64_t head = work.head * group + turn / tiles;
       const int start_m = begin + turn % tiles * M, rows = int(member.seqlen_q) - start_m;
-      char* const q_tile = stages + turn % 2 * 2 * C::kQuery;
-      load_tile<D, M, kThreads, OPTIONS>(q_tile, p.q, row_of(p.q, member.batch, head, member.first_q + start_m), 0,
-                                         rows, int(p.head_dim));
-      load_tile<D, M, kThreads, OPTIONS>(q_tile + C::kQuery, p.dout,
-                                         row_of(p.dout, member.batch, head, member.first_q + start_m), 0, rows,
-                                         int(p.head_dim_v));
+      char* const q_tile = stages + turn % STAGES * 2 * C::kQuery;
+      load_tile<T, D, M, kThreads, OPTIONS>(q_tile, p.q, row_of(p.q, member.batch, head, member.first_q + start_m), 0,
+                                            rows, int(p.head_dim));
+      load_tile<T, D, M, kThreads, OPTIONS>(q_tile + C::kQuery, p.dout,
+                                            row_of(p.dout, member.batch, head, member.first_q + start_m), 0, rows,
+                                            int(p.head_dim_v));
     }
     commit_copies();
   };
@@ -57,18 +58,18 @@ key_kernel(ARGUMENT AttentionParams p) {
   clear(dk), clear(dv);
   if (turns > 0) {
     const int first = int(sees.start) - start_n, last = int(sees.end) - start_n;
-    load_tile<D, N, kThreads, OPTIONS>(k_tile, p.k, row_of(p.k, member.batch, work.head, member.first_k + start_n),
-                                       first, last, int(p.head_dim));
-    load_tile<D, N, kThreads, OPTIONS>(v_tile, p.v, row_of(p.v, member.batch, work.head, member.first_k + start_n),
-                                       first, last, int(p.head_dim_v));
+    load_tile<T, D, N, kThreads, OPTIONS>(k_tile, p.k, row_of(p.k, member.batch, work.head, member.first_k + start_n),
+                                          first, last, int(p.head_dim));
+    load_tile<T, D, N, kThreads, OPTIONS>(v_tile, p.v, row_of(p.v, member.batch, work.head, member.first_k + start_n),
+                                          first, last, int(p.head_dim_v));
     load_queries(0);
   }
   const float unit = OPTIONS ? kLog2E : float(p.scale) * kLog2E;
   for (int turn = 0; turn < turns; ++turn) {
-    load_queries(turn + 1);
-    wait_copies<1>();
+    if (STAGES == 2) load_queries(turn + 1);
+    wait_copies<STAGES - 1>();
     sync_block();
-    const char *const q_tile = stages + turn % 2 * 2 * C::kQuery, *const dout_tile = q_tile + C::kQuery;
+    const char *const q_tile = stages + turn % STAGES * 2 * C::kQuery, *const dout_tile = q_tile + C::kQuery;
     const int64_t head = work.head * group + turn / tiles;
     const int start_m = begin + turn % tiles * M, rows = int(smaller(M, member.seqlen_q - start_m));
     const Band band(sees, start_m);
@@ -85,33 +86,15 @@ key_kernel(ARGUMENT AttentionParams p) {
     }
 
     const int64_t number = row_number(p, member, head) + start_m;
-    const float *const lse = static_cast<const float*>(p.lse) + number, *const delta =
-                                                                            static_cast<const float*>(p.delta) + number;
-#pragma unroll
-    for (int i = 0; i < M / 8; ++i)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int query = fragment_column(i, c);
-        const bool here = query < rows;
-        const RowGradient row = here ? RowGradient(lse, delta, query) : RowGradient();
-#pragma unroll
-        for (int e = c; e < 4; e += 2) {
-          // Of a query that is not there the score is nan beside a key that is: nobody hid the pair.
-          const float weight = here ? row.template probability<OPTIONS>(x[0][i][e], unit) : 0.0f;
-          float d = dp[0][i][e], kept = 1.0f;
-          if (OPTIONS && p.dropout_seed) {
-            const bool keeps =
-                Dropout(p, member.batch, head).keeps(start_m + query, start_n + first_row + fragment_row(e / 2));
-            kept = keeps ? float(p.dropout_scale) : 0.0f;
-          }
-          x[0][i][e] = weight * kept;
-          d = row.score_gradient(weight, d * kept);
-          dp[0][i][e] = OPTIONS && d != 0.0f ? d * steep[i][e] : d;
-        }
-      }
-    add_product<T, D, M, 1, kColumns>(dv, x, dout_tile, part * kColumns / 8);
-    add_product<T, D, M, 1, kColumns>(dk, dp, q_tile, part * kColumns / 8);
+    const OwnColumns columns{static_cast<const float*>(p.lse) + number, static_cast<const float*>(p.delta) + number,
+                             rows};
+    differentiate<true, OPTIONS>(x[0], dp[0], columns, unit, Dropout(p, member.batch, head), start_m,
+                                 start_n + first_row);
+    if (OPTIONS) unbend(dp[0], steep);
+    add_product<T, D, M, 1, kColumns>(dv, x, dout_tile, part * kColumns);
+    add_product<T, D, M, 1, kColumns>(dk, dp, q_tile, part * kColumns);
     sync_block();  // nobody reads this stage any more
+    if (STAGES == 1) load_queries(turn + 1);
   }
 
   const float scale[2] = {float(p.scale), float(p.scale)}, one[2] = {1.0f, 1.0f};

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <set>
 #include <stdexcept>
 
 Devices devices() {
@@ -20,6 +21,40 @@ std::string error_text(int error) {
   cudaGetLastError();
   const auto code = static_cast<cudaError_t>(error);
   return std::string(cudaGetErrorName(code)) + ": " + cudaGetErrorString(code);
+}
+
+namespace {
+
+int load(const Kernel& kernel) {
+  // With lazy loading this is what loads; to set an attribute is not.
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
+  if (error || kernel.shared <= 48 * 1024) return error;
+  return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared);
+}
+
+}  // namespace
+
+Kernel::Kernel(const void* function, const std::string& signature, int threads, int shared)
+    : function(function),
+      name(signature.substr(signature.rfind(" = ") + 3, signature.rfind(']') - signature.rfind(" = ") - 3)),
+      threads(threads),
+      shared(shared) {
+  kernels().push_back(this);
+}
+
+std::vector<const Kernel*>& kernels() {
+  static std::vector<const Kernel*> all;
+  return all;
+}
+
+int load_kernels(int device) {
+  static std::set<int> done;  // the interpreter's lock guards it
+  if (done.count(device)) return 0;
+  for (const Kernel* kernel : kernels())
+    if (const int error = load(*kernel)) return error;
+  done.insert(device);
+  return 0;
 }
 
 DeviceGuard::DeviceGuard(int device) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 struct Devices {
   int count;
@@ -13,6 +14,22 @@ Devices devices();
 
 // Its name and meaning; the error is no longer the last one afterwards.
 std::string error_text(int error);
+
+// A kernel, and what a launch gives each of its blocks: threads, and bytes of shared memory.
+struct Kernel {
+  // From then on it is one of kernels(). The signature, as a compiler writes it, ends with `= name<its arguments>]`.
+  Kernel(const void* function, const std::string& signature, int threads, int shared);
+
+  const void* const function;
+  const std::string name;  // with its template's arguments
+  const int threads, shared;
+};
+
+std::vector<const Kernel*>& kernels();
+
+// Loads every kernel on the current device, whose number is given, at the first call for it: to load one at its first
+// launch is not allowed under graph capture. An error of the runtime, or 0.
+int load_kernels(int device);
 
 // Makes a device current for as long as this lives.
 class DeviceGuard {

@@ -9,18 +9,20 @@
 #include "cuda/scores.cuh"
 #include "cuda/softmax.cuh"
 
-// A row's lse and delta; of a row that is not there everything is 0.
+// A row's lse and delta.
 struct RowGradient {
   float lse, delta;
+  bool here;  // or nothing depends on it
 
-  DEVICE RowGradient() : lse(infinity()), delta(0.0f) {}
+  DEVICE RowGradient() : lse(0.0f), delta(0.0f), here(false) {}
   DEVICE RowGradient(const float* lses, const float* deltas, int64_t row)
-      : lse(load_global<float>(lses + row)), delta(load_global<float>(deltas + row)) {}
+      : lse(load_global<float>(lses + row)), delta(load_global<float>(deltas + row)), here(true) {}
 
   // x: scores, or of the plain kernels products that `unit` makes scores in base 2.
   template <bool OPTIONS>
   DEVICE float probability(float x, float unit) const {
-    if (x == -infinity()) return 0.0f;  // hidden, from a row whose lse may be nan
+    // Hidden, from a row whose lse may be nan; or of a query that is not there, which nobody hid from a key of nan.
+    if (x == -infinity() || !here) return 0.0f;
     const float pivot = lse == -infinity() ? 0.0f : lse;
     const float p = power_of_2(OPTIONS ? (x - pivot) * unit : fmaf(x, unit, -pivot * kLog2E));
     return p > 1.0f ? 1.0f : p;  // however a large lse was rounded
@@ -29,6 +31,62 @@ struct RowGradient {
   // 0 where the pair is hidden, whatever its dp.
   DEVICE float score_gradient(float p, float dp) const { return p == 0.0f ? 0.0f : p * (dp - delta); }
 };
+
+// The two rows of queries that a lane holds.
+struct OwnRows {
+  RowGradient row[2];
+
+  DEVICE OwnRows(const float* lses, const float* deltas, int first_row, int rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (first_row + fragment_row(r) < rows) row[r] = RowGradient(lses, deltas, first_row + fragment_row(r));
+  }
+
+  DEVICE RowGradient of_pair(int, int e) const { return row[e / 2]; }
+};
+
+// The queries of a transposed fragment: `rows` there are.
+struct OwnColumns {
+  const float *lses, *deltas;
+  int rows;
+
+  DEVICE RowGradient of_pair(int i, int e) const {
+    const int column = fragment_column(i, e);
+    return column < rows ? RowGradient(lses, deltas, column) : RowGradient();
+  }
+};
+
+// Of a fragment whose rows are queries or, transposed, keys: scores become weights that dropout has been at, and the
+// products dout v^T become the gradients of scores.
+template <bool TRANSPOSED, bool OPTIONS, int N, class Rows>
+DEVICE void differentiate(float (&x)[N][4], float (&dp)[N][4], const Rows& rows, float unit, const Dropout& dropout,
+                          int64_t first_query, int64_t first_key) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    bool kept[4];
+    if (OPTIONS && dropout.drops)
+      dropout.draw<TRANSPOSED>(kept, first_query + (TRANSPOSED ? i * 8 : 0), first_key + (TRANSPOSED ? 0 : i * 8));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int e = TRANSPOSED ? n / 2 + n % 2 * 2 : n;  // those of one query one after the other
+      const RowGradient row = rows.of_pair(i, e);
+      const float weight = row.template probability<OPTIONS>(x[i][e], unit);
+      const float factor = OPTIONS && dropout.drops ? (kept[e] ? dropout.scale : 0.0f) : 1.0f;
+      x[i][e] = weight * factor;
+      dp[i][e] = row.score_gradient(weight, dp[i][e] * factor);
+    }
+  }
+}
+
+// The gradients of scores become those of products before a softcap.
+template <int N>
+DEVICE void unbend(float (&ds)[N][4], const float (&steep)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (ds[i][e] != 0.0f) ds[i][e] *= steep[i][e];
+}
 
 // Where the numbers of a head's rows begin, of lse and what is laid out like it.
 DEVICE int64_t row_number(const AttentionParams& p, const Member& member, int64_t head) {
@@ -52,8 +110,7 @@ delta_kernel(ARGUMENT AttentionParams p) {
   const char *const out = row_of(p.out, batch, head, query), *const dout = row_of(p.dout, batch, head, query);
   float sum = 0.0f;
   for (int64_t i = lane_index(); i < p.head_dim_v; i += 32)
-    sum += widen(T(), load_global<uint16_t>(out + i * p.out.dim)) *
-           widen(T(), load_global<uint16_t>(dout + i * p.dout.dim));
+    sum += load_real(T(), out + i * p.out.dim) * load_real(T(), dout + i * p.dout.dim);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
   if (lane_index() != 0) return;

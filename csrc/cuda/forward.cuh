@@ -16,7 +16,7 @@ struct ForwardConfig {
   using T = T_;
   static constexpr int D = D_, M = M_, N = N_, kThreads = WARPS * 32, kTiles = M / WARPS / 16;
   static constexpr bool OPTIONS = OPTIONS_;
-  static constexpr int kQuery = M * D * 2, kKey = N * D * 2, kShared = kQuery + 2 * kKey + N * 4;
+  static constexpr int kQuery = M * D * kBytes<T>, kKey = N * D * kBytes<T>, kShared = kQuery + 2 * kKey + N * 4;
   static_assert(kTiles * WARPS * 16 == M && N % 16 == 0, "warps share the rows evenly");
   static_assert(kShared <= 99 * 1024, "what a block may have on every architecture from sm_80 on");
 };
@@ -43,8 +43,8 @@ forward_kernel(ARGUMENT AttentionParams p) {
   const char* const v_rows = row_of(p.v, member.batch, kv_head, member.first_k);
   const int first_row = warp_index() * kTiles * 16;  // of the warp, in the tile
   const auto load_keys = [&](char* tile, const View& x, const char* from, int start_n, int64_t columns) {
-    load_tile<D, N, kThreads, OPTIONS>(tile, x, from + start_n * x.seq, band.start - start_n, band.end - start_n,
-                                       int(columns));
+    load_tile<T, D, N, kThreads, OPTIONS>(tile, x, from + start_n * x.seq, band.start - start_n, band.end - start_n,
+                                          int(columns));
   };
 
   float acc[kTiles][D / 8][4];
@@ -57,7 +57,7 @@ forward_kernel(ARGUMENT AttentionParams p) {
   const int begin = int(keys.lo / N * N), end = int(keys.hi);
   if (!keys.empty()) {
     const char* const from = row_of(p.q, member.batch, work.head, member.first_q + work.start);
-    load_tile<D, M, kThreads, OPTIONS>(q_tile, p.q, from, 0, rows, int(p.head_dim));
+    load_tile<T, D, M, kThreads, OPTIONS>(q_tile, p.q, from, 0, rows, int(p.head_dim));
     load_keys(k_tile, p.k, k_rows, begin, p.head_dim);
     commit_copies();
     for (int start_n = begin; start_n < end; start_n += N) {
@@ -82,7 +82,7 @@ forward_kernel(ARGUMENT AttentionParams p) {
           hide(x[t], band, first_row + t * 16, start_n);
       }
       if (masked && any_broken<T, D, N, kThreads>(v_tile)) {
-        mend_rows<T, D, N>(v_tile, broken);
+        mend_rows<T, D, N>(v_tile, broken, int(thread_index()));
         sync_block();
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) find_poisoned(x[t], broken, t * 2, poisoned);
@@ -95,8 +95,11 @@ forward_kernel(ARGUMENT AttentionParams p) {
 #pragma unroll
           for (int i = 0; i < D / 8; ++i) acc[t][i][2 * r] *= rescale, acc[t][i][2 * r + 1] *= rescale;
         }
-        if (OPTIONS && p.dropout_seed)
-          Dropout(p, member.batch, work.head).drop(x[t], work.start + first_row + t * 16, start_n);
+      }
+      if (OPTIONS && p.dropout_seed) {
+        const Dropout dropout(p, member.batch, work.head);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) dropout.drop(x[t], work.start + first_row + t * 16, start_n);
       }
       add_product<T, D, N, kTiles>(acc, x, v_tile);
     }

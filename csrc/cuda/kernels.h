@@ -8,11 +8,14 @@ using Stream = void*;  // a cudaStream_t
 
 int forward_bfloat16(const AttentionParams& p, Stream stream);
 int forward_float16(const AttentionParams& p, Stream stream);
+int forward_float32(const AttentionParams& p, Stream stream);
 
-// Writes delta, dk and dv where there is a dk, and dq where there is one.
+// The same of few queries, whose keys blocks share.
+int split_bfloat16(const AttentionParams& p, Stream stream);
+int split_float16(const AttentionParams& p, Stream stream);
+int split_float32(const AttentionParams& p, Stream stream);
+
+// Writes delta; dk and dv where there is a dk; dq where there is one, which dslopes needs; dslopes; dbias.
 int backward_bfloat16(const AttentionParams& p, Stream stream);
 int backward_float16(const AttentionParams& p, Stream stream);
-
-// Loads every kernel, which a launch under graph capture could not.
-int load_bfloat16();
-int load_float16();
+int backward_float32(const AttentionParams& p, Stream stream);

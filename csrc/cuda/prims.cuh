@@ -5,8 +5,15 @@
 
 #include <cstdint>
 
+// The types of q, k and v.
 struct BFloat16 {};
 struct Float16 {};
+struct Float32 {};
+
+template <class T>
+constexpr int kBytes = 2;
+template <>
+constexpr int kBytes<Float32> = 4;
 
 #ifdef SIMT_SHIM
 #include "primitives.h"
@@ -95,6 +102,23 @@ MULTIPLY_ADD(BFloat16, "bf16")
 MULTIPLY_ADD(Float16, "f16")
 #undef MULTIPLY_ADD
 
+// The 11 leading bits of a number, rounded.
+DEVICE uint32_t leading(float x) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0,%1;" : "=r"(r) : "f"(x));
+  return r;
+}
+
+// c (16x8) += a (16x8) b (8x8), of numbers with 11 leading bits.
+DEVICE void multiply_add_leading(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
+
 DEVICE uint32_t pack(BFloat16, float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
@@ -128,3 +152,22 @@ DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 #endif
+
+// c (16x8) += a (16x8) b (8x8) in float32, but for the product of what follows the leading bits of both.
+DEVICE void multiply_add(Float32, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t a_leads[4], a_rest[4], b_leads[2], b_rest[2];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    a_leads[j] = leading(as_float(a[j]));
+    a_rest[j] = leading(as_float(a[j]) - as_float(a_leads[j]));
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float x = as_float(j ? b1 : b0);
+    b_leads[j] = leading(x);
+    b_rest[j] = leading(x - as_float(b_leads[j]));
+  }
+  multiply_add_leading(c, a_rest, b_leads);
+  multiply_add_leading(c, a_leads, b_rest);
+  multiply_add_leading(c, a_leads, b_leads);
+}

@@ -3,15 +3,30 @@
 //   score = softcap(scale q k^T) - slope |i + offset - j| + bias,     softcap(x) = c tanh(x / c),     hidden pairs -inf
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/products.cuh"
 
 // A number of the caller's, in any floating type.
-DEVICE float load_real(float, const char* at) { return load_global<float>(at); }
+DEVICE float load_real(Float32, const char* at) { return load_global<float>(at); }
 DEVICE float load_real(double, const char* at) { return float(load_global<double>(at)); }
 template <class T>
 DEVICE float load_real(T, const char* at) {
   return widen(T(), load_global<uint16_t>(at));
 }
+
+DEVICE float load_real(const View& x, const char* at) {
+  return x.element == Element::kFloat32    ? load_real(Float32(), at)
+         : x.element == Element::kFloat64  ? load_real(double(), at)
+         : x.element == Element::kBFloat16 ? load_real(BFloat16(), at)
+                                           : load_real(Float16(), at);
+}
+
+// The reverse.
+template <class U>
+DEVICE void store_real(U, char* at, float x) {
+  store_global(at, uint16_t(pack(U(), x, 0.0f)));
+}
+DEVICE void store_real(Float32, char* at, float x) { store_global(at, x); }
+DEVICE void store_real(double, char* at, float x) { store_global(at, double(x)); }
 
 // What the rows of a tile see, in 32 bits, for registers are few.
 //
@@ -125,13 +140,12 @@ struct PairOptions {
       Pairs<TRANSPOSED>::each(x, row, [&](float& s, int, int) { s = softcap * tanhf(s * bend); });
     if (p.slopes) {
       const int first = int(start_m) - start_n;
-      Pairs<TRANSPOSED>::each(x, row,
-                              [&](float& s, int i, int j) { s -= slope * fabsf(offset + float(first + i - j)); });
+      Pairs<TRANSPOSED>::each(x, row, [&](float& s, int i, int j) { s -= slope * distance(first + i - j); });
     }
     TRANSPOSED ? hide_transposed(x, band, row, start_n) : hide(x, band, row, start_n);
     if (p.bias.data) {
       if (p.bias.element == Element::kFloat32)
-        add<TRANSPOSED, float>(x, start_m, rows, row, start_n);
+        add<TRANSPOSED, Float32>(x, start_m, rows, row, start_n);
       else if (p.bias.element == Element::kFloat64)
         add<TRANSPOSED, double>(x, start_m, rows, row, start_n);
       else if (p.bias.element == Element::kBFloat16)
@@ -148,7 +162,33 @@ struct PairOptions {
     }
   }
 
+  // The same of one pair, whose query and key count from their first.
+  DEVICE float score(float product, const Band& band, int query, int key) const {
+    if (key < band.begin_of(query) || key >= band.end_of(query)) return -infinity();
+    float s = softcap == 0.0f ? product * scale : softcap * tanhf(product * bend);
+    if (p.slopes) s -= slope * distance(query - key);
+    if (p.bias.data) {
+      const float added = load_real(p.bias, row_of(p.bias, batch, head, query) + key * p.bias.dim);
+      s = added == -infinity() ? added : s + added;
+    }
+    if (p.mask.data && !load_global<uint8_t>(row_of(p.mask, batch, head, query) + key * p.mask.dim)) s = -infinity();
+    return s;
+  }
+
+  // To the sums of a lane's two rows, of the gradients of scores.
+  template <int N>
+  DEVICE void add_slope_gradient(float (&sum)[2], float (&ds)[N][4], int64_t start_m, int row, int start_n) const {
+    const int first = int(start_m) - start_n + row;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sum[e / 2] -= ds[i][e] * distance(first + fragment_row(e / 2) - fragment_column(i, e));
+  }
+
  private:
+  DEVICE float distance(int difference) const { return fabsf(offset + float(difference)); }
+
   template <bool TRANSPOSED, class U, int N>
   DEVICE void add(float (&x)[N][4], int64_t start_m, int rows, int row, int start_n) const {
     const char* const from = row_of(p.bias, batch, head, start_m) + start_n * p.bias.dim;

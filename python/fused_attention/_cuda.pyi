@@ -4,8 +4,22 @@ from typing import Any
 
 Arguments = tuple[Any, ...]  # as cpu_arguments.py makes them
 
+ARCHITECTURES: str  # that the kernels are compiled for, as FUSED_ATTENTION_CUDA_ARCHS names them
+
 def available() -> tuple[int, str, int, int]: ...
+def kernels() -> list[tuple[str, int, int]]: ...
 def forward(tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, device: int, stream: int, /) -> None: ...
+def forward_split(
+    tensors: Arguments,
+    sizes: Arguments,
+    visible: Arguments,
+    options: Arguments | None,
+    split: tuple[int, int, int],
+    pages: tuple[int, ...],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def backward(
     tensors: Arguments,
     sizes: Arguments,
@@ -16,4 +30,3 @@ def backward(
     stream: int,
     /,
 ) -> None: ...
-def warmup(device: int, /) -> None: ...

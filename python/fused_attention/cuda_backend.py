@@ -13,14 +13,23 @@ import torch
 from torch import Tensor
 
 from .built import build_reason
-from .cpu_arguments import Arguments, view
+from .cpu_arguments import Arguments, pairs_view, view
+from .cuda_architectures import missing_code
 from .problem import AttentionOutput, Gradients, Problem, empty_results
 
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD_DIM = 256
 MOST_ROWS = 2**30  # of a head: kernels count them in 32 bits
 MOST_BLOCKS = 2**31 - 1  # of a grid
-SMALLEST_TILE = 64
+SMALLEST_TILE = 32  # of queries or of keys that a block owns
+PARTS = 2  # blocks that share a tile of keys in backward
+FEWEST_KEYS = 16  # of a tile of pairs that a block owns
+FEW_QUERIES = 16  # whose keys blocks share
+FEWEST_SPLIT_KEYS = 256  # of a block
+MOST_SPLITS = 128
+SPLIT_ROWS = 16  # of a tile
+NO_PAGES = (0, 0, 0, 0)
+DELTA_ROWS = 4  # that a block of the backward adds up
 OLDEST = (8, 0)
 
 
@@ -33,15 +42,18 @@ class CudaBackend:
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":
             return f"q is on {problem.device}, and the cuda backend computes on CUDA tensors"
-        return _unsupported(problem) or _too_old(problem)
+        return _unsupported(problem) or _unserved(problem)
 
     def slower(self, problem: Problem) -> str | None:
         return "the CUDA kernels have not yet run on a GPU: only backend='cuda' takes them"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
         out, lse = empty_results(q, problem)
-        call = Arguments(q, k, v, out, lse, problem)
-        _module().forward(call.tensors, call.sizes, call.visible, call.options, *_queue(q.device))
+        if _is_split(problem):
+            run_split(q, k, v, out, lse, problem)
+        else:
+            call = Arguments(q, k, v, out, lse, problem)
+            _module().forward(call.tensors, call.sizes, call.visible, call.options, *_queue(q.device))
         return AttentionOutput(out, lse)
 
     def backward(
@@ -50,39 +62,119 @@ class CudaBackend:
         lse, dlse, wanted = lse.contiguous(), None if dlse is None else dlse.contiguous(), problem.gradients
         # Rows of no member and keys that no head reads have a gradient of 0, and nobody would write it.
         new = torch.empty_like if problem.heads and not problem.packed else torch.zeros_like
-        dq = new(q) if "q" in wanted else None
+        dq = new(q) if wanted & {"q", "alibi_slopes"} else None
         dk, dv = (new(k), new(v)) if wanted & {"k", "v"} else (None, None)
+        dbias = _dense(problem.bias) if "bias" in wanted else None
+        dslopes, by_row = _slope_places(problem, lse) if "alibi_slopes" in wanted else (None, None)
         delta = torch.empty_like(lse)
         call = Arguments(q, k, v, out, lse, problem)
-        gradients = (view(dout), 0 if dlse is None else dlse.data_ptr(), view(dq), view(dk), view(dv), delta.data_ptr())
+        gradients = (
+            *(view(dout), _address(dlse), view(dq), view(dk), view(dv), _address(delta)),
+            *(pairs_view(dbias), _address(dslopes), _address(by_row)),
+        )
         _module().backward(call.tensors, call.sizes, call.visible, call.options, gradients, *_queue(q.device))
-        return Gradients(dq, dk, dv)
+        return Gradients(
+            dq,
+            dk,
+            dv,
+            bias=dbias,
+            alibi_slopes=_slope_gradient(problem.alibi_slopes, dslopes),
+            sinks=_sink_gradient(problem.sinks, lse, delta) if "sinks" in wanted else None,
+        )
+
+
+def run_split(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem, pages: tuple[int, ...] = NO_PAGES) -> None:
+    """Few queries, whose keys blocks share: how many each reads follows from the lengths of a member alone.
+
+    pages: the address of a page table, the stride of its rows, how many pages there are, and the keys of each.
+    """
+    split_keys, splits = _splits(problem)
+    rows = (splits, problem.batch, problem.heads, problem.seqlen_q)
+    parts, part_lse = lse.new_empty((*rows, problem.head_dim_v)), lse.new_empty(rows)
+    call, split = Arguments(q, k, v, out, lse, problem), (split_keys, parts.data_ptr(), part_lse.data_ptr())
+    _module().forward_split(call.tensors, call.sizes, call.visible, call.options, split, pages, *_queue(q.device))
+
+
+def _is_split(problem: Problem) -> bool:
+    """Whether blocks share the keys."""
+    return problem.seqlen_q <= FEW_QUERIES and problem.seqlen_k > FEWEST_SPLIT_KEYS and not problem.packed and not problem.dropout_p
+
+
+def _splits(problem: Problem) -> tuple[int, int]:
+    """How many keys a block reads, and in how many parts that makes them."""
+    keys = max(FEWEST_SPLIT_KEYS, 1 << ((problem.seqlen_k - 1) // MOST_SPLITS).bit_length())
+    return keys, -(-problem.seqlen_k // keys)
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """Where the gradient of a bias goes: no two of its elements in one place."""
+    return None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def _slope_places(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """For the gradients of the slopes of every member's heads, and for what each row adds."""
+    return lse.new_empty((problem.batch, problem.heads)), torch.empty_like(lse)
+
+
+def _slope_gradient(slopes: Tensor | None, by_member: Tensor | None) -> Tensor | None:
+    if slopes is None or by_member is None:
+        return None
+    return (by_member if slopes.dim() == 2 else by_member.sum(0)).to(slopes.dtype)
+
+
+def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """The sink's probability times (0 - delta), summed over its head: it has no value row."""
+    if sinks is None:
+        return None
+    # No probability is above 1, however lse was rounded.
+    weights = torch.where(lse == -torch.inf, 0.0, torch.exp((sinks.to(lse.dtype)[:, None] - lse).clamp(max=0.0)))
+    return -(weights * delta).movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _unsupported(problem: Problem) -> str | None:
     """Why the kernels can't compute it, on whatever device."""
     if problem.dtype not in DTYPES:
-        return f"q is {problem.dtype}, and the cuda backend computes torch.float16 and torch.bfloat16"
+        return f"q is {problem.dtype}, and the cuda backend computes torch.float16, torch.bfloat16 and torch.float32"
     if max(problem.head_dim, problem.head_dim_v) > LARGEST_HEAD_DIM:
         dims = f"head_dim is {problem.head_dim}, head_dim_v {problem.head_dim_v}"
         return f"{dims}, and the cuda backend computes up to {LARGEST_HEAD_DIM}"
-    if problem.gradients - {"q", "k", "v"}:
-        names = ", ".join(sorted(problem.gradients - {"q", "k", "v"}))
-        return f"gradients of {names} are needed, and the cuda backend computes those of q, k and v alone so far"
-    tiles = problem.seqlen_q // SMALLEST_TILE + 1
-    blocks = (tiles + problem.batch if problem.packed else tiles * problem.batch) * problem.heads
-    if max(problem.seqlen_q, problem.seqlen_k) > MOST_ROWS or blocks > MOST_BLOCKS:
-        shape = f"{problem.batch} x {problem.heads} heads of {problem.seqlen_q} queries and {problem.seqlen_k} keys"
-        limits = f"{MOST_ROWS} rows a head, or more tiles of {SMALLEST_TILE} than the {MOST_BLOCKS} blocks of a grid"
-        return f"q and k have {shape}: more than {limits}"
+    shape = f"q and k have {problem.batch} x {problem.heads} heads of {problem.seqlen_q} queries and {problem.seqlen_k} keys"
+    if max(problem.seqlen_q, problem.seqlen_k) > MOST_ROWS:
+        return f"{shape}, and the cuda backend computes up to {MOST_ROWS} rows a head"
+    if _blocks(problem) > MOST_BLOCKS:
+        return f"{shape}: a launch would have {_blocks(problem)} blocks, and a grid has at most {MOST_BLOCKS}"
     return None
 
 
-def _too_old(problem: Problem) -> str | None:
+def _blocks(problem: Problem) -> int:
+    """Of the largest launch of a call, or a little more."""
+
+    def tiles(seqlen: int, rows: int) -> int:
+        return seqlen // rows + problem.batch if problem.packed else (seqlen // rows + 1) * problem.batch
+
+    blocks = tiles(problem.seqlen_q, SMALLEST_TILE) * problem.heads
+    if _is_split(problem):
+        rows = problem.group * problem.seqlen_q // SPLIT_ROWS + 1
+        blocks = max(blocks, _splits(problem)[1] * rows * problem.kv_heads * problem.batch)
+    if not problem.gradients:
+        return blocks
+    keys = tiles(problem.seqlen_k, SMALLEST_TILE) * problem.kv_heads * PARTS
+    pairs = blocks * (problem.seqlen_k // FEWEST_KEYS + 1) if "bias" in problem.gradients else 0
+    return max(blocks, keys, pairs, tiles(problem.seqlen_q, DELTA_ROWS) * problem.heads)
+
+
+def _unserved(problem: Problem) -> str | None:
+    """Why the kernels don't run on the GPU of the problem."""
     capability = problem.architecture or torch.cuda.get_device_capability(problem.device)
-    if capability >= OLDEST:
+    if capability < OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the cuda backend needs 8.0 (Ampere) or later"
+    if problem.architecture or not _built_for():  # a question about a GPU that is not here is one about every build
         return None
-    return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the cuda backend needs 8.0 (Ampere) or later"
+    return missing_code(_built_for(), capability)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
@@ -96,6 +188,15 @@ def _module() -> ModuleType:
     from . import _cuda
 
     return _cuda
+
+
+@functools.cache
+def _built_for() -> str:
+    """The architectures in the compiled module; "" where there is none, which is another reason."""
+    try:
+        return str(_module().ARCHITECTURES)
+    except ImportError:
+        return ""
 
 
 @functools.cache

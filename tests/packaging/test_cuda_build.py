@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .test_install import build_wheel, copy_tree, names, run
+from .test_install import ROOT, build_wheel, copy_tree, names, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +33,8 @@ try:
     refusal = ""
 except RuntimeError as failure:
     refusal = str(failure)
-print(json.dumps({"count": count, "error": error, "runtime": runtime, "refusal": refusal, "torch": "torch" in sys.modules}))
+facts = {"architectures": _cuda.ARCHITECTURES, "kernels": _cuda.kernels()}
+print(json.dumps(facts | {"count": count, "error": error, "runtime": runtime, "refusal": refusal, "torch": "torch" in sys.modules}))
 """
 
 
@@ -68,8 +71,24 @@ def test_it_needs_neither_torch_nor_a_cuda_runtime_and_shows_no_symbol(library: 
     assert not [name for name in shown if name.startswith("cuda") or "forward" in name]
 
 
-def test_it_is_imported_without_a_driver_and_says_why_it_can_not_compute(library: Path) -> None:
-    facts = json.loads(run(sys.executable, "-c", USE, library.parent))
+@pytest.fixture(scope="module")
+def facts(library: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(sys.executable, "-c", USE, library.parent))
+    return found
+
+
+def test_it_says_which_kernels_it_holds_and_for_which_gpus(facts: dict[str, Any]) -> None:
+    """Each kernel that some call launches is one of these, or graph capture would meet it for the first time."""
+    assert facts["architectures"] == "80"
+    kinds = {name.partition("_kernel<")[0] for name, _, _ in facts["kernels"]}
+    launched = {
+        kind for path in (ROOT / "csrc" / "cuda").iterdir() for kind in re.findall(r"^(\w+)_kernel\(ARG", path.read_text(), re.MULTILINE)
+    }
+    assert kinds == launched >= {"forward", "delta", "key", "query"}
+    assert all(threads % 32 == 0 and 0 <= shared <= 99 * 1024 for _, threads, shared in facts["kernels"])
+
+
+def test_it_is_imported_without_a_driver_and_says_why_it_can_not_compute(facts: dict[str, Any]) -> None:
     assert not facts["torch"]
     assert facts["runtime"] >= 12080
     if facts["count"]:

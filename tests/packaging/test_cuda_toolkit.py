@@ -50,7 +50,7 @@ def test_the_runtime_is_found_in_each_layout(toolkit, tmp_path, monkeypatch, lib
     """The packages of PyPI have lib and no lib64, and a linker that is told lib64 alone does not find the runtime."""
     nvcc = install(tmp_path, libraries, include)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert toolkit.find_toolkit() == (nvcc, tmp_path / include, tmp_path / libraries, (13, 0))
+    assert toolkit.find_toolkit()[:4] == (nvcc, tmp_path / include, tmp_path / libraries, (13, 0))
 
 
 def test_a_script_on_the_path_is_asked_where_the_toolkit_is(toolkit, tmp_path, monkeypatch):
@@ -98,11 +98,28 @@ def test_what_will_not_do_is_refused_with_a_sentence(toolkit, tmp_path, monkeypa
 
 def test_architectures(monkeypatch):
     extension = module("cuda_extension", monkeypatch)
-    assert extension.code_flags("80+PTX, 90a") == [
+    assert extension.code_flags("80+PTX,90,90a+PTX,103,120") == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_80,code=sm_90",
         "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+        "-gencode=arch=compute_100,code=sm_103",
+        "-gencode=arch=compute_100,code=sm_120",
     ]
     for wrong in ("sm_90", "90;80", "", "8"):
         with pytest.raises(SystemExit, match=r"FUSED_ATTENTION_CUDA_ARCHS is .* is no architecture"):
             extension.code_flags(wrong)
+    with pytest.raises(SystemExit, match=r"FUSED_ATTENTION_CUDA_ARCHS is '90,75': the kernels need the instructions of 80 or later"):
+        extension.code_flags("90,75")
+
+
+@pytest.mark.parametrize(("asked", "compiler"), [("pypi", True), ("1", False), ("0", False)])
+def test_an_isolated_build_gets_the_compiler_where_it_is_asked_for(asked, compiler, monkeypatch):
+    """pip asks the build backend what to install before it builds."""
+    hooks = pytest.importorskip("setuptools.build_meta", reason="the build needs setuptools")
+    toolkit = module("cuda_toolkit", monkeypatch)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FUSED_ATTENTION_CUDA", asked)
+    needed = hooks.get_requires_for_build_wheel()
+    assert set(toolkit.PACKAGES) <= set(needed) if compiler else not set(toolkit.PACKAGES) & set(needed)

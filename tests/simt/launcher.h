@@ -3,13 +3,8 @@
 
 #include "machine.h"
 
-template <class C, class P>
-int launch(void (*kernel)(P), int64_t blocks, const P& p, void*) {
-  machine.run(blocks, C::kThreads, C::kShared, [&] { kernel(p); });
-  return 0;
-}
-
-template <class C, class P>
-int load(void (*)(P)) {
+template <class C, auto kKernel, class P>
+int launch(int64_t blocks, const P& p, void*) {
+  machine.run(blocks, C::kThreads, C::kShared, [&] { kKernel(p); });
   return 0;
 }

@@ -1,4 +1,4 @@
-"""Are the faults in the CUDA sources noticed?  Each is compiled in a copy, for bfloat16 alone, and run in a process of its own.
+"""Are the faults in the CUDA sources noticed?  Each is compiled in a copy, for one type alone, and run in a process of its own.
 
 python -m tests.simt.mutants [NAME ...]        exit status 1 where one is not
 """
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,15 +21,16 @@ from .problems import run_everything_once
 from .simulation import ROOT, Simulation, compile_bindings, compile_simulation
 
 SECONDS = 300  # of one fault, on a machine that does other things too
+TYPES = ("bfloat16", "float16", "float32")
 STUB = """#include "cuda/kernels.h"
-int forward_float16(const AttentionParams&, Stream) { return 1; }
-int backward_float16(const AttentionParams&, Stream) { return 1; }
-int load_float16() { return 1; }
+int forward_{0}(const AttentionParams&, Stream) {{ return 1; }}
+int split_{0}(const AttentionParams&, Stream) {{ return 1; }}
+int backward_{0}(const AttentionParams&, Stream) {{ return 1; }}
 """
 
 
 def plant(fault: Fault | None, folder: Path) -> Path:
-    """A copy of the sources with the fault, and without the kernels for float16."""
+    """A copy of the sources with the fault, and with the kernels for one type alone."""
     sources: Path = shutil.copytree(ROOT / "csrc", folder / "csrc")
     if fault is not None:
         path = sources / "cuda" / fault.file
@@ -36,54 +38,66 @@ def plant(fault: Fault | None, folder: Path) -> Path:
         if text.count(fault.old) != 1:
             raise ValueError(f"{fault.file} holds {text.count(fault.old)} times, not once: {fault.old}")
         path.write_text(text.replace(fault.old, fault.new))
-    (sources / "cuda" / "float16.cu").write_text(STUB)
+    for name in TYPES:
+        if name != type_of(fault):
+            (sources / "cuda" / f"{name}.cu").write_text(STUB.format(name))
     return sources
 
 
-def judge(library: Path) -> str | None:
+def type_of(fault: Fault | None) -> str:
+    return TYPES[0] if fault is None else fault.type
+
+
+class Verdict(NamedTuple):
+    text: str | None  # what was noticed
+    checked: bool = True  # by the machine or a bound; a process that only dies shows nothing about the watch
+
+
+def judge(library: Path, dtype: torch.dtype) -> Verdict:
     """What is noticed first, in a child process: a fault may end it, and one process would take two libraries' symbols for one."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_judge, args=(library, send))
+    child = context.Process(target=_judge, args=(library, dtype, send))
     child.start()
     send.close()
-    verdict: str | None
     try:
-        verdict = receive.recv() if receive.poll(SECONDS) else f"nothing came within {SECONDS} seconds"
+        verdict = Verdict(receive.recv()) if receive.poll(SECONDS) else Verdict(f"nothing came within {SECONDS} seconds", False)
     except EOFError:
-        verdict = "the process ended without a word"
+        verdict = Verdict("the process ended without a word", False)
     child.kill()
     child.join()
     return verdict
 
 
-def _judge(library: Path, send: Connection) -> None:
+def _judge(library: Path, dtype: torch.dtype, send: Connection) -> None:
     torch.set_num_threads(1)
     try:
         with Simulation(library).installed():
-            run_everything_once()
+            run_everything_once(dtype)
     except AssertionError as error:
         send.send(str(error))
     else:
         send.send(None)
 
 
-def verdicts(names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """Each fault with what noticed it, or None; "none" is the sources as they are."""
+def verdicts(names: Iterable[str]) -> Iterator[tuple[str, Verdict]]:
+    """Each fault with what noticed it; "none" is the sources as they are."""
     with tempfile.TemporaryDirectory() as root:
         bindings = compile_bindings(Path(root))
         for name in names:
             folder = Path(root) / name
             folder.mkdir()
-            yield name, judge(compile_simulation(folder, plant(FAULTS.get(name), folder), bindings))
+            fault = FAULTS.get(name)
+            yield name, judge(compile_simulation(folder, plant(fault, folder), bindings), getattr(torch, type_of(fault)))
+            shutil.rmtree(folder)
 
 
 def main(names: list[str]) -> int:
     wrong = []
-    for name, verdict in verdicts(names or ("none", *FAULTS)):
-        if (verdict is None) != (name == "none"):
+    for name, (text, checked) in verdicts(names or ("none", *FAULTS)):
+        if (text is None) != (name == "none") or not checked:
             wrong.append(name)
-        print(f"{name}: {verdict or 'nothing noticed'}", flush=True)
+        print(f"{name}: {(text or 'nothing noticed').splitlines()[0]}", flush=True)
     print(f"not as they should be: {', '.join(wrong)}" if wrong else "every fault was noticed")
     return int(bool(wrong))
 

@@ -157,34 +157,98 @@ DEVICE uint32_t pack(T, float low, float high) {
   return narrow(T(), low) | uint32_t(narrow(T(), high)) << 16;
 }
 
-// Lane l, with g = l div 4 and q = l mod 4, holds of a rows g and g + 8, of columns 2 q, 2 q + 1 and those eight
-// further on; of b column g, rows likewise; of c rows g and g + 8, columns 2 q and 2 q + 1.
+struct Place {
+  int row, column;
+};
+
+// Where register j of a lane's operand of mma lies in the matrix: of two numbers of 16 bits the lower or upper `half`,
+// or one number of 32.
+inline Place place_of_left(int bits, int lane, int j, int half) {
+  const int g = lane / 4, q = lane % 4;
+  return {g + j % 2 * 8, bits == 16 ? q * 2 + j / 2 * 8 + half : q + j / 2 * 4};
+}
+
+inline Place place_of_right(int bits, int lane, int j, int half) {
+  const int g = lane / 4, q = lane % 4;
+  return {bits == 16 ? q * 2 + j * 8 + half : q + j * 4, g};
+}
+
+inline Place place_of_sum(int lane, int j) { return {lane / 4 + j / 2 * 8, lane % 4 * 2 + j % 2}; }
+
+// c += a b, of which each lane holds four sums.
+template <size_t K>
+inline void add_up(Thread* warp, const float (&a)[16][K], const float (&b)[K][8]) {
+  float c[16][8];
+  const auto sum = [&](int lane, int j) -> float& {
+    const Place at = place_of_sum(lane, j);
+    return c[at.row][at.column];
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int j = 0; j < 4; ++j) sum(lane, j) = static_cast<const float*>(warp[lane].out)[j];
+  for (int i = 0; i < 16; ++i)
+    for (size_t k = 0; k < K; ++k)
+      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int j = 0; j < 4; ++j) static_cast<float*>(warp[lane].out)[j] = sum(lane, j);
+}
+
+inline float as_float(uint32_t bits) {
+  float r;
+  std::memcpy(&r, &bits, 4);
+  return r;
+}
+
+inline uint32_t as_bits(float x) {
+  uint32_t r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+
+DEVICE uint32_t leading(float x) { return x != x ? 0x7fffffff : (as_bits(x) + 0x1000) & 0xffffe000; }
+
+// Each lane's registers to the matrices they are of; number(bits, half) is what a register holds.
+template <int kBits, size_t K, class Number>
+inline void collect(Thread* warp, float (&a)[16][K], float (&b)[K][8], Number&& number) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* left = static_cast<const uint32_t*>(warp[lane].in);
+    const auto* right = static_cast<const uint32_t*>(warp[lane].more);
+    for (int half = 0; half < 32 / kBits; ++half) {
+      for (int j = 0; j < 4; ++j) {
+        const Place at = place_of_left(kBits, lane, j, half);
+        a[at.row][at.column] = number(left[j], half);
+      }
+      for (int j = 0; j < 2; ++j) {
+        const Place at = place_of_right(kBits, lane, j, half);
+        b[at.row][at.column] = number(right[j], half);
+      }
+    }
+  }
+}
+
 template <class T>
 inline void carry_out_product(Thread* warp) {
   findings.counts[kProducts]++;
-  float a[16][16], b[16][8], c[16][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    const int g = lane / 4, q = lane % 4 * 2;
-    const auto* left = static_cast<const uint32_t*>(warp[lane].in);
-    const auto* right = static_cast<const uint32_t*>(warp[lane].more);
-    const auto* sums = static_cast<const float*>(warp[lane].out);
-    for (int half = 0; half < 2; ++half) {
-      for (int j = 0; j < 4; ++j) a[g + j % 2 * 8][q + j / 2 * 8 + half] = widen(T(), uint16_t(left[j] >> half * 16));
-      for (int j = 0; j < 2; ++j) b[q + j * 8 + half][g] = widen(T(), uint16_t(right[j] >> half * 16));
-      for (int j = 0; j < 2; ++j) c[g + j * 8][q + half] = sums[j * 2 + half];
-    }
-  }
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
-  for (int lane = 0; lane < 32; ++lane)
-    for (int j = 0; j < 4; ++j) static_cast<float*>(warp[lane].out)[j] = c[lane / 4 + j / 2 * 8][lane % 4 * 2 + j % 2];
+  float a[16][16], b[16][8];
+  collect<16>(warp, a, b, [](uint32_t bits, int half) { return widen(T(), uint16_t(bits >> half * 16)); });
+  add_up(warp, a, b);
+}
+
+// Of numbers whose last 13 bits the machine does not see.
+inline void carry_out_leading_product(Thread* warp) {
+  findings.counts[kProducts]++;
+  float a[16][8], b[8][8];
+  collect<32>(warp, a, b, [](uint32_t bits, int) { return as_float(bits & 0xffffe000); });
+  add_up(warp, a, b);
 }
 
 template <class T>
 DEVICE void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t b[2] = {b0, b1};
   machine.meet(&carry_out_product<T>, a, b, c);
+}
+
+DEVICE void multiply_add_leading(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  machine.meet(&carry_out_leading_product, a, b, c);
 }
 
 DEVICE float power_of_2(float x) { return std::exp2(x); }

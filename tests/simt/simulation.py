@@ -39,6 +39,7 @@ class Simulation:
         spec = importlib.util.spec_from_file_location("_cuda", library)
         if spec is None or spec.loader is None:
             raise ImportError(f"{library} is no module")
+        self.library = library
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self.machine = ctypes.CDLL(str(library))
@@ -57,18 +58,33 @@ class Simulation:
             yield self
 
     def forward(self, tensors: tuple[Any, ...], sizes: tuple[Any, ...], visible: Any, options: Any, device: int, stream: int) -> None:
-        reads, writes = ranges(tensors, sizes, options)
+        reads, writes = ranges(tensors, sizes, visible, options)
         self._watch(reads, writes, poison=not packed(sizes))
         self.module.forward(tensors, sizes, visible, options, device, stream)
         self._judge()
 
+    def forward_split(self, tensors: Any, sizes: Any, visible: Any, options: Any, split: Any, pages: Any, device: int, stream: int) -> None:
+        reads, writes = ranges(tensors, sizes, visible, options)
+        batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v, *_ = sizes
+        keys, out, lse = split
+        numbers = 4 * -(-seqlen_k // keys) * batch * heads * seqlen_q
+        writes += [(out, numbers * head_dim_v), (lse, numbers)]
+        table, stride, count, page_size = pages
+        if table:
+            reads[1:3] = (extent(x, (count, kv_heads, page_size, dim)) for x, dim in zip(tensors[1:3], (head_dim, head_dim_v), strict=True))
+            reads.append((table, 4 * ((batch - 1) * stride + seqlen_k // page_size)))
+        self._watch(reads, writes, poison=True)
+        self.module.forward_split(tensors, sizes, visible, options, split, pages, device, stream)
+        self._judge()
+
     def backward(self, tensors: Any, sizes: Any, visible: Any, options: Any, gradients: tuple[Any, ...], device: int, stream: int) -> None:
-        reads, writes = ranges(tensors, sizes, options)
-        dout, dlse, dq, dk, dv, delta = gradients
+        reads, writes = ranges(tensors, sizes, visible, options)
+        dout, dlse, dq, dk, dv, delta, dbias, dslopes, by_row = gradients
         out, lse = writes
         numbers, laid_out = lse[1], shapes(sizes)
         reads += [out, lse, extent(dout, laid_out[3]), (dlse, numbers)]
-        writes = [(delta, numbers), *(extent(x, shape) for x, shape in zip((dq, dk, dv), laid_out[:3], strict=True))]
+        writes = [(delta, numbers), (by_row, numbers), extent(dbias, pairs(sizes)), (dslopes, 4 * sizes[0] * sizes[1])]
+        writes += [*(extent(x, shape) for x, shape in zip((dq, dk, dv), laid_out[:3], strict=True))]
         self._watch(reads, writes, poison=not packed(sizes))
         self.module.backward(tensors, sizes, visible, options, gradients, device, stream)
         self._judge()
@@ -140,17 +156,26 @@ def shapes(sizes: tuple[Any, ...]) -> list[tuple[int, ...]]:
     return [(*queries, head_dim), (*keys, head_dim), (*keys, head_dim_v), (*queries, head_dim_v)]
 
 
-def ranges(tensors: tuple[Any, ...], sizes: tuple[Any, ...], options: tuple[Any, ...] | None) -> tuple[list[Range], list[Range]]:
+def pairs(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of a mask or a bias, which have a stride of 0 where they have one place for all."""
+    batch, heads, _, seqlen_q, seqlen_k, *_ = sizes
+    return batch, heads, seqlen_q, seqlen_k
+
+
+def ranges(
+    tensors: tuple[Any, ...], sizes: tuple[Any, ...], visible: tuple[Any, ...], options: tuple[Any, ...] | None
+) -> tuple[list[Range], list[Range]]:
     """What the forward reads, q, k and v first, and what it writes: out and lse."""
-    batch, heads, _, seqlen_q, seqlen_k, _, _, cu_q, cu_k, _ = sizes
+    batch, heads, _, seqlen_q, _, _, _, cu_q, cu_k, _ = sizes
     q, k, v, out, lse, _, _ = tensors
     laid_out = shapes(sizes)
     reads = [extent(x, shape) for x, shape in zip((q, k, v), laid_out, strict=False)]
     reads += [(address, 8 * (batch + 1)) for address in (cu_q, cu_k)]
+    _, _, starts, ends, kv_stride, offsets, _, _ = visible
+    reads += [(address, 8 * ((batch - 1) * kv_stride + 1)) for address in (starts, ends)] + [(offsets, 8 * batch)]
     if options is not None:
         mask, bias, slopes, slopes_batch, sinks, _, seed, _, _ = options
-        pairs = (batch, heads, seqlen_q, seqlen_k)
-        reads += [extent(mask, pairs), extent(bias, pairs), (seed, 16), (sinks, 4 * heads)]
+        reads += [extent(mask, pairs(sizes)), extent(bias, pairs(sizes)), (seed, 16), (sinks, 4 * heads)]
         reads += [(slopes, 4 * heads * (batch if slopes_batch else 1))]
     members = laid_out[0][0]
     return reads, [extent(out, laid_out[3]), (lse, 4 * members * heads * seqlen_q)]

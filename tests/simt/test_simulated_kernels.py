@@ -16,8 +16,9 @@ from .problems import (
     LONG,
     SHARED,
     SHORT,
-    call,
+    SPLIT,
     run,
+    run_pages,
     run_with_a_broken_key_in_a_window,
     run_with_broken_keys_that_nobody_sees,
     run_with_broken_values,
@@ -35,6 +36,8 @@ def test_the_shared_cases(simulation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_problems_of_several_tiles(simulation, case, dtype):
+    if dtype is torch.float16 and case not in LONG[::3]:
+        pytest.skip("float16 runs the code of bfloat16 with other conversions, and a third of the problems has them all")
     run(case, dtype)
 
 
@@ -51,21 +54,21 @@ def test_the_order_of_the_warps_changes_no_bit(simulation, case, monkeypatch):
 
 def test_a_member_of_a_batch_has_the_bits_it_has_alone(simulation):
     inputs = Case("batch", batch=3, heads=2, kv_heads=1, seqlen_q=65, seqlen_k=70, head_dim=64, causal=True).make(dtype=torch.bfloat16)
-    together = call(inputs)
+    together = inputs.run("cuda")
     own = {name: getattr(inputs, name)[1:2] for name in ("q", "k", "v", "dout", "dlse")}
-    for name, tensor in call(inputs.changed(**own)).items():
+    for name, tensor in inputs.changed(**own).run("cuda").items():
         assert torch.equal(together[name][1:2], tensor), name
 
 
 def test_a_loss_of_out_alone(simulation):
     inputs = LONG[3].make(dtype=torch.bfloat16).changed(dlse=None)
-    check(call(inputs), inputs.truth())
+    check(inputs.run("cuda"), inputs.truth())
 
 
 def test_keys_without_gradients_of_queries_and_the_reverse(simulation):
     """Each pass runs alone where nobody needs the other."""
     inputs = LONG[0].make(dtype=torch.bfloat16)
-    whole = call(inputs)
+    whole = inputs.run("cuda")
     for wanted in (("q",), ("k", "v"), ("v",)):
         leaves = {name: getattr(inputs, name).detach().requires_grad_(name in wanted) for name in ("q", "k", "v")}
         out, lse = attention_with_lse(**leaves, **inputs.options, backend="cuda")
@@ -77,23 +80,39 @@ def test_keys_without_gradients_of_queries_and_the_reverse(simulation):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "options"])
 def test_a_value_that_is_not_finite_reaches_exactly_the_rows_that_see_it(simulation, value, options):
-    run_with_broken_values(value, **options)
+    run_with_broken_values(torch.bfloat16, value, **options)
+
+
+def test_a_value_that_is_not_finite_reaches_the_rows_that_see_it_where_blocks_share_the_keys(simulation):
+    run_with_broken_values(torch.bfloat16, math.nan, SPLIT, 515)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_in_pages_give_the_bits_of_keys_in_a_row(simulation, dtype):
+    run_pages(dtype)
+
+
+def test_a_member_has_its_bits_alone_where_blocks_share_the_keys(simulation):
+    inputs = SPLIT.make(dtype=torch.bfloat16)
+    together, own = inputs.run("cuda", backward=False), {name: getattr(inputs, name)[1:] for name in ("q", "k", "v")}
+    for name, tensor in inputs.changed(**own).run("cuda", backward=False).items():
+        assert torch.equal(together[name][1:], tensor), name
 
 
 def test_a_key_that_is_not_a_number_reaches_the_gradients_of_what_its_rows_see(simulation):
     """A hidden pair of a row whose lse was nan had a weight of nan."""
-    run_with_a_broken_key_in_a_window()
+    run_with_a_broken_key_in_a_window(torch.bfloat16)
 
 
 @pytest.mark.parametrize("options", [{"causal": True, "offset": -5}, {"mask": SHORT}], ids=["plain", "options"])
 def test_hidden_keys_that_are_not_numbers_change_nothing(simulation, options):
     """Queries past the last, which nobody hid from them, once gave them gradients of nan."""
-    run_with_broken_keys_that_nobody_sees(**options)
+    run_with_broken_keys_that_nobody_sees(torch.bfloat16, **options)
 
 
 def test_rescaling_by_one_rounds_nothing(simulation):
     """The rounding of the maximum entered the factor of every tile, and their product left the bounds after some hundred."""
-    run_with_equal_scores()
+    run_with_equal_scores(torch.bfloat16)
 
 
 def test_a_full_tile_takes_the_products_that_theory_says(simulation):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from .faults import FAULTS, QUICK
-from .mutants import verdicts
 from .simulation import ROOT
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def noticed(compiled) -> dict[str, str | None]:
-    return dict(verdicts(QUICK))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -24,8 +22,8 @@ def test_a_fault_is_planted_exactly_once(name):
     assert path.read_text().count(FAULTS[name].old) == 1
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_fault_is_noticed(name, noticed):
-    verdict = noticed[name]
-    assert verdict is not None, f"nothing noticed {FAULTS[name]}"
-    assert "the machine found" in verdict or "bound" in verdict, f"the fault is not one of the kernels: {verdict}"
+def test_faults_are_noticed(compiled):
+    """In a process without threads, which forks: `compiled` only says that this machine can."""
+    command = (sys.executable, "-m", "tests.simt.mutants", *QUICK)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
