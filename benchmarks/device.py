@@ -21,6 +21,10 @@ from typing import Any
 import torch
 
 from .contenders import OURS, Contender
+from .device_decoding import DECODINGS, Decoding
+from .device_decoding import race as decoding_race
+from .device_decoding import rehearsal_of as decoding_rehearsal
+from .device_decoding import steps_of as decoding_steps
 from .device_layers import LAYERS, race, rehearsal_of, steps_of
 from .device_timing import DeviceProtocol, host_seconds
 from .device_workloads import HOST, ITEMS, DeviceItem, rehearsal
@@ -80,7 +84,9 @@ def _steps(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     steps: dict[str, Callable[[], dict[str, Any]]] = {item.name: functools.partial(work, item, args) for item in items}
     if args.items is None:
         layers = _compile_layer if args.compile_only else _layer
+        decodings = _compile_decoding if args.compile_only else _decoding
         steps |= {layer.name: functools.partial(layers, layer, args) for layer in LAYERS}
+        steps |= {decoding.name: functools.partial(decodings, decoding, args) for decoding in DECODINGS}
         if not args.compile_only:
             steps[HOST_NAME] = functools.partial(_host, args)
     return steps
@@ -114,6 +120,19 @@ def _compile_layer(layer: Workload, args: argparse.Namespace) -> dict[str, Any]:
     """Our step once: its kernels are those that timing will ask for."""
     steps, _ = steps_of(rehearsal_of(layer), "fp32", "cpu") if args.rehearse else steps_of(layer, "bf16", "cuda")
     steps[OURS]()
+    return {}
+
+
+def _decoding(decoding: Decoding, args: argparse.Namespace) -> dict[str, Any]:
+    chosen, dtype = (decoding_rehearsal(decoding), "fp32") if args.rehearse else (decoding, "bf16")
+    return decoding_race(chosen, dtype, _protocol(args))
+
+
+def _compile_decoding(decoding: Decoding, args: argparse.Namespace) -> dict[str, Any]:
+    """A step over each cache once."""
+    chosen, dtype, device = (decoding_rehearsal(decoding), "fp32", "cpu") if args.rehearse else (decoding, "bf16", "cuda")
+    for step in decoding_steps(chosen, dtype, device)[0].values():
+        step()
     return {}
 
 

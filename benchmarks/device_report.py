@@ -36,7 +36,7 @@ def report(entries: Sequence[Entry]) -> str:
             cells = [_speed(found.get(name), entry["workload"]) for name in contenders]
             table.append([entry["name"], direction, *cells, _ratio(found.get(OURS))])
     lines = _aligned(table) if rows else ["no workload was measured"]
-    lines += [line for entry in entries for line in (*_layer_lines(entry), *_host_lines(entry))]
+    lines += [line for entry in entries for line in (*_layer_lines(entry), *_decoding_lines(entry), *_host_lines(entry))]
     lines += [f"{entry['name']}: {entry['message']}" for entry in entries if entry.get("message")]
     return "\n".join([*lines, *_reasons(rows), CONVENTION])
 
@@ -78,6 +78,18 @@ def _layer_lines(entry: Entry) -> list[str]:
         cells = [f"{facts[key] / unit:.3g}" if key in facts else "-" for facts in found.values()]
         table.append(["", title, *cells, ratio])
     return [*_aligned(table), *(f"{name}: {facts['reason']} ({entry['name']})" for name, facts in found.items() if "reason" in facts)]
+
+
+def _decoding_lines(entry: Entry) -> list[str]:
+    """A step over each cache, and its part of what a copy of as many bytes reached in turns with it."""
+    found: dict[str, Entry] | None = entry.get("decoding_steps")
+    if found is None:
+        return []
+    table = [[f"{entry['name']}, keys", entry["shape"], *found]]
+    table.append(["", "microseconds", *(f"{facts['microseconds']:.1f}" for facts in found.values())])
+    table.append(["", "GB/s of k and v", *(f"{facts['bytes_per_second'] / 1e9:.0f}" for facts in found.values())])
+    table.append(["", "of a copy's", *(f"{facts['copy_share']:.0%}" for facts in found.values())])
+    return _aligned(table)
 
 
 def _host_lines(entry: Entry) -> list[str]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from fused_attention.benchmarks import device_layers, device_report, device_timing
+from fused_attention.benchmarks import device_decoding, device_layers, device_report, device_timing
 from fused_attention.benchmarks.contenders import OURS, Contender, Run
 from fused_attention.benchmarks.device_workloads import HOST, ITEMS, rehearsal
 from fused_attention.benchmarks.gate import AttentionGate
 from fused_attention.benchmarks.measure import measure
 from fused_attention.benchmarks.record import Record
 from fused_attention.benchmarks.rivals import FLEX, device_contenders, sdpa
-from fused_attention.benchmarks.timing import Protocol
+from fused_attention.benchmarks.timing import Protocol, Timing
 from fused_attention.benchmarks.workloads import DTYPES, Workload, attention_inputs, visible_pairs
 
 ONCE = Protocol(least_rounds=1, most_rounds=1, budget=0.0)
@@ -77,6 +77,13 @@ def test_a_wrong_contender_shows_no_speed(name: str, in_blocks: bool, monkeypatc
     rows = measure(workload, "attention", ("fp32", torch.float32), [ours, Contender("wrong", "attention", wrong)], ONCE, seed=0)
     assert [row.failed for row in rows] == [False, False, True, True], [row.reason for row in rows]
     assert all(row.timing is None for row in rows[2:])
+
+
+def test_our_cuda_kernels_race_too_and_say_where_they_can_not() -> None:
+    cuda = next(contender for contender in device_contenders(SMALL["window-8k bf16"]) if contender.name == "ours, cuda")
+    rows = measure(SMALL["window-8k bf16"], "attention", ("bf16", torch.bfloat16), [cuda], ONCE, seed=0)
+    assert {row.contender for row in rows} == {"ours, cuda"}
+    assert all(not row.failed and row.timing is None and "backend='cuda' can't run this call" in str(row.reason) for row in rows)
 
 
 def test_the_gradient_of_a_bias_is_judged() -> None:
@@ -156,6 +163,14 @@ def test_the_report_shows_every_contender() -> None:
                 "torch.nn, cuDNN": {"reason": "RuntimeError: no such kernel"},
             },
         },
+        {
+            "name": "decoding-16x8k",
+            "shape": "batch 16",
+            "decoding_steps": {
+                "in a row": {"microseconds": 120.04, "bytes_per_second": 4e12, "copy_share": 0.914},
+                "pages of 16": {"microseconds": 150.0, "bytes_per_second": 3.2e12, "copy_share": 0.731},
+            },
+        },
         {"name": "host time", "host_microseconds": {OURS: {"inference": 9.6, "training": 40.2}, "flex": None}},
         {"name": "lost fp32", "message": "OutOfMemoryError: 3 GiB"},
     ]
@@ -166,6 +181,9 @@ def test_the_report_shows_every_contender() -> None:
     assert ["forward,", "no", "gradients", "10", "-"] in lines
     assert ["milliseconds", "2", "5", "-", "2.50"] in lines
     assert ["MiB", "at", "most", "3", "6", "-", "2.00"] in lines
+    assert ["microseconds", "120.0", "150.0"] in lines
+    assert ["GB/s", "of", "k", "and", "v", "4000", "3200"] in lines
+    assert ["of", "a", "copy's", "91%", "73%"] in lines
     text = device_report.report(entries)
     assert "torch.nn, cuDNN: RuntimeError: no such kernel (layer-1k)" in text
     assert "flash: NotImplementedError: too old (gpt2 bf16)" in text
@@ -188,8 +206,38 @@ def test_a_training_step_of_a_layer_is_judged_before_it_is_timed(layer: Workload
         device_layers.race(small, "fp32", ONCE)
 
 
+@pytest.mark.parametrize("decoding", device_decoding.DECODINGS, ids=lambda decoding: decoding.name)
+def test_a_step_of_decoding_is_judged_before_it_is_timed(decoding: device_decoding.Decoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = device_decoding.rehearsal_of(decoding)
+    found = device_decoding.race(small, "fp32", ONCE)["decoding_steps"]
+    assert list(found) == ["in a row", "pages of 16", "pages of 256"]
+    for facts in found.values():
+        assert facts["error_share"] <= 1.0
+        read = 2 * small.batch * small.kv_heads * small.keys * small.head_dim * 4
+        assert facts["bytes_per_second"] * facts["microseconds"] == pytest.approx(1e6 * read)
+    steps, inputs = device_decoding.steps_of(small, "fp32", "cpu")
+    assert steps["copy"]().numel() == 2 * inputs.k.numel()
+    right = steps["pages of 16"]
+    monkeypatch.setattr(device_decoding, "steps_of", lambda *_: (steps | {"pages of 16": lambda: 1.01 * right()}, inputs))
+    with pytest.raises(RuntimeError, match=r"pages of 16: out uses .* times its bound"):
+        device_decoding.race(small, "fp32", ONCE)
+
+
+def test_a_share_is_that_of_a_copy_of_as_many_bytes() -> None:
+    """A step that takes as long as the copy, which reads and writes what the step only reads, reaches half of it."""
+    small = device_decoding.rehearsal_of(device_decoding.DECODINGS[0])
+
+    class Alike(Protocol):
+        def time_in_turns(self, functions: Any) -> Any:
+            return {name: Timing.of([1.0]) for name in functions}, {}
+
+    found = device_decoding.race(small, "fp32", Alike())["decoding_steps"]
+    assert {facts["copy_share"] for facts in found.values()} == {0.5}
+
+
 def test_workloads_have_names_of_their_own() -> None:
     assert len(SMALL) == len(ITEMS)
-    assert not SMALL.keys() & {layer.name for layer in device_layers.LAYERS}
+    others = [named.name for named in (*device_layers.LAYERS, *device_decoding.DECODINGS)]
+    assert len(SMALL.keys() | set(others)) == len(SMALL) + len(others)
     assert all(item.dtype in DTYPES for item in ITEMS)
     assert HOST.seqlen_q == 128

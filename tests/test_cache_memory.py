@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_attention import KVCache, PagedKVCache, attention_with_cache, backends
+from fused_attention import KVCache, PagedKVCache, attention_with_cache, backends, explain
 
 RUNNABLE = [name for name, reason in backends().items() if reason is None]
 MISSING = backends()["cpu"]
@@ -84,11 +84,15 @@ def test_pages_are_read_where_they_lie_with_the_bits_of_contiguous_keys(size, dt
 @pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 def test_many_queries_and_whoever_listens_copy_the_pages(copies):
     cache, x = PagedKVCache(1, 10, 1, 16), torch.randn(1, 1, 30, 16)
+    assert "30 x 1 queries of a key head" in str(explain(x, cache, k=x, v=x, causal=True))
     attention_with_cache(x, cache, k=x, v=x, causal=True)
     assert len(copies) == 1
     plain = attention_with_cache(x[:, :, :1], cache)
     assert len(copies) == 1
+    assert str(explain(x[:, :, :1], cache)).endswith("pages: read where they lie")
+    assert "for the torch backend reads keys in a row" in str(explain(x[:, :, :1], cache, backend="torch"))
     with torch.autograd.profiler.profile() as heard:
+        assert explain(x[:, :, :1], cache).copied is not None
         assert torch.equal(attention_with_cache(x[:, :, :1], cache), plain)
     assert any("fused_attention::forward" in event.name for event in heard.function_events)
 

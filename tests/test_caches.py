@@ -186,7 +186,7 @@ def test_explain_names_who_runs(kind, backend):
     cache = make(kind, inputs, 22)
     explanation = explain(inputs.q, cache, k=inputs.k, v=inputs.v, causal=True, rotary=Rotary(), backend=backend)
     shown = explain(inputs.q, inputs.k, inputs.v, kv_lengths=torch.tensor([22, 22]), backend=backend)
-    assert explanation == shown
+    assert (explanation.backend, explanation.reasons) == (shown.backend, shown.reasons)
     assert cache.lengths.tolist() == [0, 0]
     with pytest.raises(TypeError, match="of a cache got mask: it takes the options of attention_with_cache"):
         explain(inputs.q, cache, mask=torch.ones(1, dtype=torch.bool))

@@ -17,6 +17,7 @@ import triton.language as tl
 from . import dropout as drop
 from . import mask as masks
 from . import matmul, scores, softmax
+from . import pages as paging
 from . import visits as visit
 from .launch import launch
 from .options import Options
@@ -33,13 +34,29 @@ def suits(seqlen_q: int, group: int, packed: bool, tile: TileConfig) -> bool:
 
 
 def decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, options: Options, tile: TileConfig
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    tile: TileConfig,
+    page_table: torch.Tensor | None = None,
 ) -> None:
-    """Write out and lse (batch, heads, seqlen_q), as forward does, with a tile that suits."""
+    """Write out and lse (batch, heads, seqlen_q), as forward does, with a tile that suits.
+
+    With a page_table, int32 (batch, pages of a member), k and v are (pages, kv_heads, page_size, head_dim or head_dim_v), and a member has
+    page_size keys for each of its pages.
+    """
     (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = q.shape, v.shape
     group = heads // kv_heads
-    splits = max(1, -(-_most_keys(seqlen_q, seqlen_k, tile.block_n, options) // SPLIT))
     block_m = max(16, 1 << (seqlen_q * group - 1).bit_length())
+    sight, page_size = masks.sight(q, k, options), None
+    if page_table is not None:
+        page_size, seqlen_k = seqlen_k, seqlen_k * page_table.shape[1]
+        sight = sight._replace(seqlen_k=seqlen_k)
+        tile = tile._replace(num_warps=paging.warps(tile, block_m, max(head_dim, head_dim_v), q.element_size()))
+    splits = max(1, -(-_most_keys(seqlen_q, seqlen_k, tile.block_n, options) // SPLIT))
     parts, part_lses, sinks = out, lse, options.sinks
     if splits > 1:
         parts = out.new_empty(batch, heads, seqlen_q * splits, head_dim_v, dtype=lse.dtype)
@@ -47,10 +64,10 @@ def decode(
         sinks = None  # the combination adds them, once
     launch(
         split_kernel, batch * kv_heads * splits if seqlen_q else 0, q.device, view(q), view(k), view(v), view(parts), rows_view(part_lses),
-        masks.sight(q, k, options), scores.terms(options.scale, options.softcap, options.alibi_slopes), broadcast_view(options.mask),
-        broadcast_view(options.bias), visit.of_keys(options.mask, block_m, tile.block_n, group),
+        paging.pages(page_table, k), sight, scores.terms(options.scale, options.softcap, options.alibi_slopes),
+        broadcast_view(options.mask), broadcast_view(options.bias), visit.of_keys(options.mask, block_m, tile.block_n, group),
         sinks, 0 if sinks is None else sinks.stride(0), drop.dropout(options), kv_heads, splits,
-        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, SPLIT=SPLIT, FIRST=masks.first_phase(options),
+        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, SPLIT=SPLIT, FIRST=masks.first_phase(options),
         DIVIDED=masks.divides_tiles(options),
         **tile.constants() | {"BLOCK_M": block_m},
     )  # fmt: skip
@@ -71,9 +88,9 @@ def _most_keys(seqlen_q: int, seqlen_k: int, block_n: int, options: Options) -> 
 
 @triton.jit
 def split_kernel(
-    q, k, v, out, lse, sight, terms, mask, bias, visits, sinks, sinks_stride, dropout, kv_heads, splits,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, FIRST: tl.constexpr, DIVIDED: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, lse, pages, sight, terms, mask, bias, visits, sinks, sinks_stride, dropout, kv_heads, splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, FIRST: tl.constexpr,
+    DIVIDED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes all queries of one kv head over SPLIT keys; row i of a head and split s go to row i * splits + s."""
     ACC: tl.constexpr = matmul.accumulate_dtype(q.ptr.dtype.element_ty)
@@ -100,8 +117,9 @@ def split_kernel(
         for turn in tl.range(low, high, BLOCK_N):
             start_n = visit.start(visits, listed, turn, BLOCK_N)
             first, last = member.begin - start_n, member.end - start_n
-            k_tile = load_tile(k, batch, kv_head, start_n, first, last, BLOCK_N, HEAD_DIM)
-            v_tile = load_tile(v, batch, kv_head, start_n, first, last, BLOCK_N, HEAD_DIM_V)
+            page, slot = paging.find(pages, batch, start_n, first, last, PAGE_SIZE, BLOCK_N)
+            k_tile = paging.load(k, page, slot, kv_head, first, last, PAGE_SIZE, BLOCK_N, HEAD_DIM)
+            v_tile = paging.load(v, page, slot, kv_head, first, last, PAGE_SIZE, BLOCK_N, HEAD_DIM_V)
             cols = start_n + tl.arange(0, BLOCK_N)[None, :]
             seen = masks.visible(sight, member, mask, batch, head, rows, cols) if PHASE != 1 else None
             products = matmul.contract(q_tile, k_tile, PRECISION)

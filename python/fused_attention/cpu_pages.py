@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .cpu_arguments import Arguments
 from .cpu_backend import threads
-from .listeners import unheard
 from .problem import Layout, Problem, empty_output
-
-
-def computes(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, problem: Problem) -> bool:
-    """Whether nobody traces the call: the kernels take addresses."""
-    options = (problem.kv_lengths, problem.alibi_slopes, problem.sinks)
-    return not torch.compiler.is_compiling() and unheard(q, k, v, page_table, *options)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, problem: Problem) -> Tensor | None:

@@ -6,24 +6,29 @@ k_new, q turned at their slots  ->  slots [length, length + rows)  ->  attention
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autocast, cpu_pages, host
+from . import autocast, cpu_pages, cuda_pages, host, triton_backend
 from .backend import Explanation, explanation
 from .cache import Cache, Counts, KVCache, refuse_gradient
 from .functional import attention
+from .listeners import unheard
 from .paging import PagedKVCache
 from .plans import plan
+from .problem import Layout, Problem
 from .rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, Tables, YarnScaling, apply_rotary
 from .validation import check
 
 OPTIONS = frozenset(("causal", "window", "alibi_slopes", "softcap", "sinks", "scale"))  # that a call shares with `attention`
 CONSTANT = (type(None), LinearScaling, NTKScaling, YarnScaling, Llama3Scaling)  # scalings that do not change: their tables are remembered
 SHORTEST_TABLE = 256  # positions; longer ones are powers of 2, so that few are made
+
+PagesReader = Callable[[Tensor, Tensor, Tensor, Tensor, Problem], Tensor | None]  # None: the call does not suit the kernels
 
 
 def attention_with_cache(
@@ -47,11 +52,13 @@ def attention_with_cache(
     """softmax(scale * q k^T) v over what a cache holds, after this call's own keys and values were appended to it.
 
     The last query stands at the last key: a decoding step is one row of each, a chunk of a prompt several, with causal=True. Without k
-    and v nothing is appended, as in cross-attention. With new_lengths query i stands where new key i does, and rows past a
+    and v nothing is appended, as in cross-attention; then q may have a multiple of the cache's members, beams that read one memory, unless
+    an option counts positions (causal, window, alibi_slopes, rotary). With new_lengths query i stands where new key i does, and rows past a
     member's new_lengths give what nobody should read.
 
     Args:
-        q: (batch, heads, seqlen_q, head_dim) of the cache's dtype, any strides; heads is a multiple of kv_heads.
+        q: (batch, heads, seqlen_q, head_dim) of the cache's dtype, any strides; heads is a multiple of kv_heads. Of beams
+            (batch * beams, heads, seqlen_q, head_dim): those of a member follow one another.
         cache: a KVCache or PagedKVCache; k and v go into it.
         k: (batch, kv_heads, rows, head_dim); v: (batch, kv_heads, rows, head_dim_v); both or neither.
         new_lengths: (batch,), how many of the new rows of each member, from the first, are real; the others are dropped. With one query
@@ -64,7 +71,7 @@ def attention_with_cache(
         causal, window, alibi_slopes, softcap, sinks, scale, backend: as in `attention`.
 
     Returns:
-        (batch, heads, seqlen_q, head_dim_v) in q's dtype, laid out as torch.empty_like(q) (`reference`: as it falls).
+        (batch, heads, seqlen_q, head_dim_v) in q's dtype, laid out as torch.empty_like(q) (`reference`, and beams: as it falls).
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `attention` and the cache's append; the cache is then as it was.
@@ -79,8 +86,8 @@ def attention_with_cache(
     }
     given = _given(options)
     q, k, v = autocast.cast(q, k, v)
-    chosen, more = _check(q, cache, k, v, new_lengths, members, given)
-    at = cache._index_of(chosen)
+    chosen, more, beams = _check(q, cache, k, v, new_lengths, members, given, rotary)
+    q, at = _folded(q, beams), cache._index_of(chosen)
     ranges = cache._ranges_at(at)
     problem, name, _ = plan(q, *cache._shape_of(chosen, more), given | {"kv_lengths": ranges}, backend)
     if rotary is not None:
@@ -92,13 +99,12 @@ def attention_with_cache(
     if k is not None and v is not None:
         cache._put(k, v, new_lengths, chosen)
     given["kv_lengths"] = cache._ranges_at(at)
-    if isinstance(cache, PagedKVCache) and name == "cpu":
+    if isinstance(cache, PagedKVCache):
         problem = problem._replace(kv_lengths=given["kv_lengths"], offset=given.get("offset"))
-        operands = q, cache.k, cache.v, cache._table_of(chosen, at), problem
-        out = cpu_pages.attend(*operands) if cpu_pages.computes(*operands) else None
+        out = _read(q, cache, cache._table_of(chosen, at), problem, name)
         if out is not None:
-            return out
-    return attention(q, *cache.keys_of(chosen), **given, backend=name)
+            return _unfolded(out, beams)
+    return _unfolded(attention(q, *cache.keys_of(chosen), **given, backend=name), beams)
 
 
 def explain(
@@ -114,14 +120,55 @@ def explain(
     backend: str | None = None,
     **options: Any,
 ) -> Explanation:
-    """Which backend `attention_with_cache` would take with the same arguments, and why not the others; nothing is run or appended."""
+    """Which backend `attention_with_cache` would take with the same arguments, and why not the others; nothing is run or appended.
+
+    Of a PagedKVCache, whose pages may have to be copied first, a PagedExplanation.
+    """
     q, k, v = autocast.cast(q, k, v)
     given = _given(options)
     unknown = given.keys() - OPTIONS
     if unknown:
         raise TypeError(f"explain() of a cache got {', '.join(sorted(unknown))}: it takes the options of attention_with_cache")
-    chosen, more = _check(q, cache, k, v, new_lengths, members, given)
-    return explanation(check(q, *cache._shape_of(chosen, more), **given, kv_lengths=cache._ranges_at(cache._index_of(chosen))), backend)
+    chosen, more, beams = _check(q, cache, k, v, new_lengths, members, given, rotary)
+    q = _folded(q, beams)
+    problem = check(q, *cache._shape_of(chosen, more), **given, kv_lengths=cache._ranges_at(cache._index_of(chosen)))
+    found = explanation(problem, backend)
+    if not isinstance(cache, PagedKVCache):
+        return found
+    return PagedExplanation(found.backend, found.reasons, _copied(q, cache, problem, found.backend))
+
+
+@dataclass(frozen=True)
+class PagedExplanation(Explanation):
+    """Besides, why the call would copy the pages of its members first; None: they are read where they lie."""
+
+    copied: str | None
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n  pages: {'read where they lie' if self.copied is None else f'copied first, for {self.copied}'}"
+
+
+def _copied(q: Tensor, cache: PagedKVCache, problem: Problem, backend: str) -> str | None:
+    if _reader(backend) is None:
+        return f"the {backend} backend reads keys in a row"
+    nobody = q[:0]  # whom a kernel takes as it takes others, and has nothing to compute for
+    if _read(nobody, cache, cache.page_table[:0], problem._replace(q=Layout.of(nobody)), backend) is not None:
+        return None
+    queries = f"{problem.seqlen_q} x {problem.group} queries of a key head, head_dim {problem.head_dim} and head_dim_v {problem.head_dim_v}"
+    return f"{queries} do not suit the {backend} backend's decoding kernel, or somebody listens to the call"
+
+
+def _read(q: Tensor, cache: PagedKVCache, page_table: Tensor, problem: Problem, backend: str) -> Tensor | None:
+    """The output over pages where they lie; None where no kernel suits, or somebody listens: they take addresses."""
+    reader, operands = _reader(backend), (q, cache.k, cache.v, page_table)
+    options = problem.kv_lengths, problem.alibi_slopes, problem.sinks
+    if reader is None or torch.compiler.is_compiling() or not unheard(*operands, *options):
+        return None
+    return reader(*operands, problem)
+
+
+def _reader(backend: str) -> PagesReader | None:
+    return {"cpu": cpu_pages.attend, "cuda": cuda_pages.attend, "triton": triton_backend.attend_pages}.get(backend)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +184,16 @@ def _check(
     new_lengths: Counts | None,
     members: Sequence[int] | None,
     options: dict[str, Any],
-) -> tuple[Sequence[int], int]:
-    """The members of the call and its number of new keys, or what is wrong with its tensors."""
+    rotary: Rotary | tuple[Tensor, Tensor] | None,
+) -> tuple[Sequence[int], int, int]:
+    """The members of the call, its number of new keys and its beams for each member, or what is wrong with its tensors."""
     if not isinstance(cache, Cache):
         raise TypeError(f"cache is a {type(cache).__name__}, expected a KVCache or PagedKVCache")
     chosen = cache._chosen(members)
     cache._check_operand("q", q)
-    if q.dim() != 4 or (q.shape[0], q.shape[3]) != (len(chosen), cache.head_dim) or q.shape[1] % cache.kv_heads or not q.shape[1]:
+    positioned = k is not None or rotary is not None or any(options.get(name) for name in ("causal", "window"))
+    beams = 1 if positioned or options.get("alibi_slopes") is not None or not chosen else max(1, len(q) // len(chosen))
+    if q.dim() != 4 or (len(q), q.shape[3]) != (beams * len(chosen), cache.head_dim) or q.shape[1] % cache.kv_heads or not q.shape[1]:
         expected = f"({len(chosen)}, a multiple of kv_heads {cache.kv_heads}, seqlen_q, head_dim {cache.head_dim})"
         raise ValueError(f"q has shape {tuple(q.shape)}, expected {expected} as the cache was made for")
     if (k is None) != (v is None):
@@ -157,7 +207,16 @@ def _check(
     for name in ("alibi_slopes", "sinks"):
         if isinstance(options.get(name), Tensor):
             refuse_gradient(name, options[name])
-    return chosen, more
+    return chosen, more, beams
+
+
+def _folded(q: Tensor, beams: int) -> Tensor:
+    """The beams of a member as rows of its own: each key is read once for all of them."""
+    return q if beams == 1 else q.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
+
+
+def _unfolded(out: Tensor, beams: int) -> Tensor:
+    return out if beams == 1 else out.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _turn(

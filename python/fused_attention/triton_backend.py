@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import AttentionOutput, Gradients, Problem, empty_results
+from .problem import AttentionOutput, Gradients, Problem, empty_output, empty_results
 
 LARGEST_HEAD_DIM = 512
 MOST_PROGRAMS = 2**31 - 1  # of a grid's first dimension
@@ -65,6 +65,21 @@ class TritonBackend:
         kernels, tile = _kernels(), functools.partial(_tile, problem=problem)
         split = kernels.tiles.splits_key_value(architecture(problem.device), _widest(problem), problem.dtype.itemsize)
         return Gradients(*kernels.backward.backward(dout, dlse, q, k, v, out, lse, problem, problem.gradients, tile, split))
+
+
+def attend_pages(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, problem: Problem) -> Tensor | None:
+    """The output of a problem of this backend that needs no gradient, or None where the kernel that reads pages does not take it.
+
+    k, v: (pages, kv_heads, page_size, head_dim or head_dim_v), any strides. page_table: (batch, pages of a member), int32, any strides:
+    its values are cut to the pages there are. problem: with page_size keys for each of a member's pages.
+    """
+    decode, tile = _kernels().decode, _tile("decode", problem)
+    if not decode.suits(problem.seqlen_q, problem.group, problem.packed, tile):
+        return None
+    out = empty_output(q, problem.head_dim_v)
+    lse = torch.empty(q.shape[:3], dtype=problem.accumulate_dtype, device=q.device)
+    decode.decode(q, k, v, out, lse, problem, tile, page_table)
+    return out
 
 
 class Kernels(NamedTuple):

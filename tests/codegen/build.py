@@ -100,11 +100,16 @@ def memory(launch: Launch, architecture: str) -> Cost:
     return Cost(0, 0, 0, compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0)
 
 
-def nvidia_cost(compiled: Any, said: str) -> Cost:
+def nvidia_code(compiled: Any) -> str:
+    """The machine code, disassembled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code = subprocess.run([NVIDIA_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([NVIDIA_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_cost(compiled: Any, said: str) -> Cost:
+    code = nvidia_code(compiled)
     registers = re.search(r"Used (\d+) registers", said)
     if registers is None:
         raise RuntimeError(f"ptxas named no number of registers: {said!r}")

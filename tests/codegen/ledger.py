@@ -41,22 +41,22 @@ Measure = Callable[[Launch, str], build.Cost]  # of a launch on an architecture
 Rows = dict[str, dict[str, Row]]  # by "point kernel", then by version of Triton
 
 
-def read() -> Rows:
-    text = json.loads(LEDGER.read_text()) if LEDGER.exists() else {"columns": [], "rows": {}}
+def read(path: Path = LEDGER) -> Rows:
+    text = json.loads(path.read_text()) if path.exists() else {"columns": [], "rows": {}}
     return {
         name: {version: Row(tile, dict(zip(text["columns"], costs, strict=True))) for version, (tile, *costs) in versions.items()}
         for name, versions in text["rows"].items()
     }
 
 
-def write(rows: Rows) -> None:
+def write(rows: Rows, path: Path = LEDGER) -> None:
     columns = next(list(row.costs) for versions in rows.values() for row in versions.values())
     lines = [
         f"{json.dumps(name)}: {json.dumps({version: [row.tile, *row.costs.values()] for version, row in sorted(rows[name].items())})}"
         for name in sorted(rows)
     ]
     body = ",\n".join(lines)
-    LEDGER.write_text(f'{{"columns": {json.dumps(columns)},\n"rows": {{\n{body}\n}}}}\n')
+    path.write_text(f'{{"columns": {json.dumps(columns)},\n"rows": {{\n{body}\n}}}}\n')
 
 
 def complaints(name: str, new: Row, known: Row | None, limit: int) -> Iterator[str]:

@@ -55,6 +55,18 @@ def decode_by_pair(dtype: torch.dtype, head_dim: int, queries: int) -> None:
     decode(dtype, head_dim, queries, 1, mask=empty(*pairs, dtype=torch.bool), bias=empty(*pairs))
 
 
+def decode_pages(dtype: torch.dtype, head_dim: int, queries: int, kv_heads: int, page_size: int) -> None:
+    """As attention_with_cache calls it: each member has a start and a length."""
+    from fused_attention.triton_backend import attend_pages
+    from fused_attention.validation import check
+
+    table = empty(BATCH, SEQLEN // page_size, dtype=torch.int32)
+    q, pages = empty(BATCH, HEADS, queries, head_dim, dtype=dtype), empty(table.numel(), kv_heads, page_size, head_dim, dtype=dtype)
+    keys = empty(BATCH, kv_heads, SEQLEN, head_dim, dtype=dtype)  # what the pages of members are to the checks
+    problem = check(q, keys, keys, causal=True, kv_lengths=empty(BATCH, 2, dtype=torch.int32))
+    attend_pages(q, pages, pages, table, problem)
+
+
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> None:
     from fused_attention.triton_backend import TritonBackend
     from fused_attention.validation import check
@@ -115,6 +127,9 @@ CALLS: dict[str, Callable[[torch.dtype, int], None]] = {
     **{name: attention(**options) for name, options in FEATURES.items()},
     "everything": attention(**EVERYTHING),
     **{f"decode-{16 * queries}-by-pair": functools.partial(decode_by_pair, queries=queries) for queries in (1, 2, 4)},
+    "decode-pages": lambda dtype, head_dim: decode_pages(dtype, head_dim, queries=1, kv_heads=4, page_size=256),  # of whole tiles
+    "decode-small-pages": lambda dtype, head_dim: decode_pages(dtype, head_dim, queries=1, kv_heads=4, page_size=16),
+    "decode-many-pages": lambda dtype, head_dim: decode_pages(dtype, head_dim, queries=4, kv_heads=1, page_size=16),
     "varlen": attention(causal=True, cu_seqlens_q=empty(MEMBERS + 1, dtype=torch.int32)),
     "layer-norm": lambda dtype, width: norm(dtype, width, "layer"),
     "rms-norm": lambda dtype, width: norm(dtype, width, "rms"),
@@ -135,6 +150,11 @@ def points(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Point]:
             yield Point(architecture, "bfloat16", head_dim, "decode-many")
             yield Point(architecture, "float32", head_dim, "decode-many")
             yield Point(architecture, "float32", head_dim, "plain")
+            yield Point(architecture, "bfloat16", head_dim, "decode-pages")
+            yield Point(architecture, "bfloat16", head_dim, "decode-small-pages")
+            yield Point(architecture, "float32", head_dim, "decode-small-pages")
+        for head_dim in COMMON_HEAD_DIMS:
+            yield Point(architecture, "bfloat16", head_dim, "decode-many-pages")
         for options in (*FEATURES, "varlen") if architecture == "sm_90" else ("everything", "varlen"):
             yield Point(architecture, "bfloat16", 128, options)
         for width, options in ((1024, "layer-norm"), (8192, "rms-norm"), (4096, "gelu"), (8192, "swiglu"), (128, "rotary")):
@@ -147,6 +167,7 @@ def default_points() -> Iterator[Point]:
         for head_dim in (64, 128):
             for options in ("plain", "causal", "decode"):
                 yield Point(architecture, "bfloat16", head_dim, options)
+    yield Point("sm_90", "bfloat16", 128, "decode-small-pages")
 
 
 def crowded_points() -> Iterator[Point]:

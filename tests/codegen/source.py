@@ -15,10 +15,14 @@ def find() -> None:
     sys.path.insert(0, str(ROOT / "python"))
     import fused_attention
 
-    name, folder = "fused_attention.triton_kernels", ROOT / "triton_kernels"
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{folder} holds no package")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = fused_attention.triton_kernels = module
-    spec.loader.exec_module(module)
+    for name in ("triton_kernels", "benchmarks"):
+        folder = ROOT / name
+        spec = importlib.util.spec_from_file_location(
+            f"fused_attention.{name}", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{folder} holds no package")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[f"fused_attention.{name}"] = module
+        setattr(fused_attention, name, module)
+        spec.loader.exec_module(module)

@@ -6,6 +6,7 @@ GPU_RUN_UNTIL=<seconds since 1970>  GPU_RUN_RECORD=<file>        set by run.py; 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,16 @@ import pytest
 import torch
 from fused_attention.benchmarks.record import Record
 
+from . import cuda_module
 from .target import Target, target
 
 LEFT_OUT = "the time of the step was over"
 DEVICE_LOST = 3  # exit status: the process can compute nothing any more, a new one may go on
 MESSAGE_LENGTH = 600
+# What the CUDA kernels leave to others; anything else they refuse is a failure.
+BEYOND = re.compile(
+    r"backend='cuda' can't run this call: (q is torch.float64|head_dim is \d+, head_dim_v \d+, and the cuda backend computes up to)"
+)
 
 record = Record(Path(os.environ["GPU_RUN_RECORD"]) if "GPU_RUN_RECORD" in os.environ else None)
 
@@ -30,6 +36,10 @@ def machine() -> Target:
     found = target()
     if found is None:
         pytest.skip("torch sees no GPU here; make gpu runs this where it does")
+    if found.backend == "cuda" and not found.rehearsed:
+        reason = cuda_module.provide(found.device)
+        if reason is not None:
+            pytest.skip(reason)
     return found
 
 
@@ -45,6 +55,16 @@ def gpu(machine: Target) -> Target:
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """True, which stands for "done", where another process has claimed the test."""
     return None if record.claim(item.nodeid) else True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except NotImplementedError as refusal:
+        if BEYOND.match(str(refusal)):
+            pytest.skip(str(refusal))
+        raise
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from jobs import Job, run_together
-from plan import BENCHMARK, MACHINE, PHASES, REPORT_SECONDS, STEPS, TOTAL_SECONDS, Step, chosen, rehearsed
+from plan import BENCHMARK, EXPERIMENTS, MACHINE, OPTIONAL, PHASES, REPORT_SECONDS, STEPS, TOTAL_SECONDS, Step, chosen, rehearsed
 from summary import StepResult, folder_name, printed, result_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     for leftover in ("records", "logs"):
         shutil.rmtree(WORK / leftover, ignore_errors=True)
         (WORK / leftover).mkdir(parents=True)
-    environment = _environment(_link_sources(), args.rehearse)
+    for library in (WORK / "cuda").glob("_cuda.*.so"):
+        library.unlink()  # of other sources, or another GPU
+    site = _link_sources()
+    environment = _environment(site, args.rehearse)
     seconds: dict[str, float] = {}
     for phase in PHASES:
+        _link_cuda(site)
         jobs = [job for step in steps if step.phase == phase for job in _jobs(step, environment)]
         limits = {step.name: time.time() + step.seconds for step in steps if step.phase == phase}
         latest = started + TOTAL_SECONDS - REPORT_SECONDS
@@ -53,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = [result_of(step, WORK, seconds.get(step.name, 0.0)) for step in steps if step.name != MACHINE.name]
     path = _write(results, machine, args.out)
     print(_table(environment))
+    if EXPERIMENTS in seconds:
+        print((WORK / "logs" / f"{EXPERIMENTS}-0.log").read_text())
     print(printed(results, machine))
     print(f"JSON: {path}\n{(time.time() - started) / 60:.1f} minutes")
     return int(any(result.wrong for result in results))
@@ -60,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Proves and times fused_attention on this machine's GPU.")
-    parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], metavar="NAME", help="these alone")
+    parser.add_argument("--steps", nargs="+", choices=[step.name for step in (*STEPS, *OPTIONAL)], metavar="NAME", help="these alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER", help="where <machine>/gpu.json goes")
     parser.add_argument("--rehearse", metavar="BACKEND", help="small problems of this backend on the CPU, to try the run itself")
     return parser.parse_args(arguments)
@@ -76,6 +82,13 @@ def _link_sources() -> Path:
         if source.exists() and source.name != "__pycache__":
             (package / source.name).symlink_to(source)
     return site
+
+
+def _link_cuda(site: Path) -> None:
+    """The CUDA kernels, once a step has compiled them and if no installation had them: the benchmark races them too."""
+    for library in (WORK / "cuda").glob("_cuda.*.so"):
+        if not (link := site / "fused_attention" / library.name).exists():
+            link.symlink_to(library)
 
 
 def _environment(site: Path, rehearse: str | None) -> dict[str, str]:
@@ -100,9 +113,9 @@ def _jobs(step: Step, environment: dict[str, str]) -> list[Job]:
     for number in range(step.processes):
         record = records / f"{number}.jsonl"
         command = [sys.executable, *step.command]
-        if step.command[1].endswith(".device"):
+        if step.command[1].endswith((".device", ".experiments")):
             command += ["--record", str(record), "--until", until]
-        variables = {"GPU_RUN_RECORD": str(record), "GPU_RUN_UNTIL": until}
+        variables = {"GPU_RUN_RECORD": str(record), "GPU_RUN_UNTIL": until, "FUSED_ATTENTION_GPU_BACKEND": step.backend}
         jobs.append(
             Job(step.name, command, environment | variables, ROOT, WORK / "logs" / f"{step.name}-{number}.log", record, step.patience)
         )

@@ -1,5 +1,6 @@
-"""What the tests of this folder run on: triton on a GPU, or in a rehearsal any backend on the CPU with small sizes.
+"""What the tests of this folder run on: triton or cuda on a GPU, or in a rehearsal any backend on the CPU with small sizes.
 
+FUSED_ATTENTION_GPU_BACKEND=cuda pytest tests/gpu      the CUDA kernels in the place of Triton's
 FUSED_ATTENTION_REHEARSE=torch pytest tests/gpu        tries every test body that needs no GPU
 """
 
@@ -13,7 +14,7 @@ import torch
 
 from fused_attention.testing import Case
 
-REHEARSAL = "FUSED_ATTENTION_REHEARSE"
+REHEARSAL, BACKEND = "FUSED_ATTENTION_REHEARSE", "FUSED_ATTENTION_GPU_BACKEND"
 LARGEST_REHEARSED, SAMPLED = 47, 8
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ def target() -> Target | None:
     rehearsed = os.environ.get(REHEARSAL)
     if rehearsed:
         return Target(torch.device("cpu"), rehearsed, rehearsed=True)
-    return Target(torch.device("cuda", 0), "triton", rehearsed=False) if torch.cuda.is_available() else None
+    backend = os.environ.get(BACKEND, "triton")
+    return Target(torch.device("cuda", 0), backend, rehearsed=False) if torch.cuda.is_available() else None
 
 
 def sample(problems: list[T]) -> list[T]:

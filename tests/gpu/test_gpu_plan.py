@@ -16,7 +16,7 @@ import torch
 
 from fused_attention.testing import Case
 
-from . import jobs, plan, summary
+from . import conftest, jobs, plan, summary
 from .margins import Margins
 
 HERE = Path(__file__).parent
@@ -32,9 +32,33 @@ def test_every_file_of_tests_is_in_a_step() -> None:
     assert files == {step.command[-1] for step in plan.STEPS if "pytest" in step.command}
 
 
+def test_the_cuda_kernels_stand_the_tests_that_fit_them() -> None:
+    of_cuda = {step.name: step.command[-1] for step in plan.STEPS if step.backend == "cuda"}
+    assert of_cuda["cuda"] == "tests/gpu/test_gpu_cuda.py"
+    assert {f"cuda-{name}" for name in plan.OF_CUDA_TOO} | {"cuda"} == set(of_cuda)
+    assert of_cuda["cuda-matrix"] == "tests/gpu/test_gpu_matrix.py"
+    assert plan.STEPS[-2].name == "matrix", "it takes whatever time the others leave"
+
+
+def test_a_refusal_that_is_meant_is_no_failure() -> None:
+    def beyond(reason: str) -> bool:
+        return conftest.BEYOND.match(f"backend='cuda' can't run this call: {reason}") is not None
+
+    assert beyond("head_dim is 320, head_dim_v 320, and the cuda backend computes up to 256")
+    assert beyond("q is torch.float64, and the cuda backend computes torch.float16, torch.bfloat16 and torch.float32")
+    assert not beyond("the compiled module fused_attention._cuda is missing")
+    assert not beyond("gradients of bias are needed, and the cuda backend computes those of q, k and v alone so far")
+
+
 def test_the_machine_is_always_asked() -> None:
     assert [step.name for step in plan.chosen(["sizes"])] == ["machine", "sizes"]
     assert plan.chosen(None) == plan.STEPS
+
+
+def test_experiments_run_only_when_they_are_named() -> None:
+    assert [step.name for step in plan.chosen(["experiments", "sizes"])] == ["machine", "sizes", "experiments"]
+    assert plan.longest_seconds(plan.chosen(["experiments"])) + plan.REPORT_SECONDS + 10 < plan.TOTAL_SECONDS
+    assert plan.rehearsed(plan.OPTIONAL[0]).command[-2:] == ("--cells", "d64 causal 4k")
 
 
 def job(tmp_path: Path, program: str, step: str = "step") -> jobs.Job:

@@ -18,7 +18,8 @@ from fused_attention.paging import PagedKVCache
 class Caches:
     """One cache of self-attention for each layer, and of cross-attention where the model has an encoder.
 
-    text: KVCache or PagedKVCache, all of the same lengths. memory: filled once, by the model that read the source.
+    text: KVCache or PagedKVCache, all of the same lengths. memory: filled once, by the model that read the source; of as many members as
+    there are sources, each of which successive members of the text share.
     """
 
     text: list[AnyCache]
@@ -43,9 +44,8 @@ class Caches:
             cache.pad_left(padding)
 
     def repeat(self, copies: int) -> None:
-        """Each member `copies` times, one after the other: the start of a beam search."""
-        index = torch.arange(self.text[0].batch, device=self.text[0].lengths.device).repeat_interleave(copies)
-        _reorder([*self.text, *self.memory], index)
+        """Each member `copies` times, one after the other: the start of a beam search. Copies read one memory, which stays as it is."""
+        _reorder(self.text, torch.arange(self.text[0].batch, device=self.text[0].lengths.device).repeat_interleave(copies))
 
     def reorder(self, index: Tensor) -> None:
         """Member b goes on from the text of member index[b], which reads the same memory."""
