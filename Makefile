@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 COUNT ?= 2000
 INSTALLED := .venv/.installed
-CXX_SOURCES = $(shell find csrc tests/simt -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc tests/simt tests/codegen -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 PYTHON_SOURCES := python triton_kernels benchmarks tests build_tools setup.py
 # What judges the Triton kernels: their own tests, and those every backend has to pass.
 INTERPRETED := tests/triton $(addprefix tests/test_,$(addsuffix .py,matrix generated_problems adversarial exact_properties \
@@ -23,7 +23,7 @@ help:
 	@echo 'make lint     ruff, mypy, clang-format'
 	@echo 'make mutants  faults planted in the Triton and C++ kernels, which the tests must notice'
 	@echo 'make fuzz     thousands of generated problems, COUNT=2000 of them'
-	@echo 'make codegen  what the Triton kernels compile to, for every architecture'
+	@echo 'make codegen  what the Triton and CUDA kernels compile to, for every architecture'
 	@echo 'make sanitize the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, and between guard pages'
 	@echo 'make cross    compile the C++ kernels for ARM and for macOS'
 	@echo 'make gpu      prove and time everything on this machine'"'"'s NVIDIA GPU, in under 9 minutes'
@@ -41,6 +41,8 @@ mutants: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m tests.mutants.run_kernel_mutants
 	$(BIN)/python -m tests.mutants.run_cpu_mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.shared
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.shared --dtype bfloat16
 
 # Generated problems, beyond those of every test run: interpreted Triton on one core, the other backends on another.
 fuzz: $(INSTALLED)
@@ -52,12 +54,16 @@ fuzz-compiled: $(INSTALLED)
 fuzz-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m tests.fuzz --first 1000 --count $(COUNT) --backend triton
 
-# Every Triton kernel compiled for every architecture, under both versions of Triton that are supported, against the ledger.
+# Every Triton kernel compiled for every architecture, under both versions of Triton that are supported, and every CUDA kernel, where there
+# is an nvcc, against their ledgers.
 codegen: $(INSTALLED) build/codegen/.installed
 	$(BIN)/python -m tests.codegen.ledger
 	$(BIN)/python -m tests.codegen.fits
 	build/codegen/venv/bin/python -m tests.codegen.ledger
 	build/codegen/venv/bin/python -m tests.codegen.fits
+	$(BIN)/python -m tests.codegen.hopper
+	build/codegen/venv/bin/python -m tests.codegen.hopper
+	$(BIN)/python -m tests.codegen.cuda_ledger
 
 build/codegen/.installed: tests/codegen/constraints-triton-3.6.txt
 	test -x build/codegen/venv/bin/python || $(PYTHON) -m venv build/codegen/venv

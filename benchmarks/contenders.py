@@ -52,18 +52,18 @@ def contenders(kind: Kind) -> tuple[Contender, ...]:
     return tuple(contender for contender in CONTENDERS if contender.kind == kind)
 
 
-def ours(inputs: AttentionInputs) -> Run:
-    q, k, v = inputs.q, inputs.k, inputs.v
+def ours(inputs: AttentionInputs, backend: str | None = None) -> Run:
+    q, k, v, options = inputs.q, inputs.k, inputs.v, inputs.options | ({} if backend is None else {"backend": backend})
     call: Callable[..., Tensor] = fused_attention.attention
     call_with_lse: Callable[..., fused_attention.AttentionOutput] = fused_attention.attention_with_lse
     if inputs.workload.lengths is not None:
         call, call_with_lse = fused_attention.attention_varlen, fused_attention.attention_varlen_with_lse
     return Run(
-        forward=lambda: call(q, k, v, **inputs.options),
+        forward=lambda: call(q, k, v, **options),
         leaves=inputs.leaves,
         dout=inputs.dout,
-        lse=lambda: call_with_lse(q, k, v, **inputs.options).lse,
-        backend=fused_attention.explain(q, k, v, **inputs.options).backend,
+        lse=lambda: call_with_lse(q, k, v, **options).lse,
+        backend=fused_attention.explain(q, k, v, **options).backend,
     )
 
 

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attention import attention, attention_varlen
+from fused_attention.listeners import unheard
+from fused_attention.plans import plan
 
 from .contenders import OURS, contenders, our_module, run_module, torch_module
 from .timing import Protocol, Timing
-from .workloads import DTYPES, Direction, Workload, attention_inputs, module_inputs, visible_pairs
+from .workloads import DTYPES, Direction, Workload, attention_flops, attention_inputs, module_inputs, visible_pairs
 
 SEED = 0
+PEAK = "FMA peak"  # as many operations, all of them multiply-adds of registers
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,12 @@ class Race:
     ours: str = OURS
     learns: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)  # what a time is multiplied with, where contenders differ in their work
+    allowed: Mapping[str, float] = field(default_factory=dict)  # seconds that stand where a rival would, by its name
 
     def run(self, protocol: Protocol) -> dict[str, Timing]:
         with contextlib.nullcontext() if self.learns else torch.no_grad():
             times, _ = protocol.time_in_turns(self.calls)
-        return times
+        return times | {name: Timing.of([seconds]) for name, seconds in self.allowed.items()}
 
 
 def attention_race(workload: Workload, dtype: str, direction: Direction, rivals: tuple[str, ...], calls: int = 1) -> Race:
@@ -43,7 +47,13 @@ def attention_race(workload: Workload, dtype: str, direction: Direction, rivals:
     runs = {each.name: each.prepare(inputs) for each in contenders("attention") if each.ours or each.name in rivals}
     if direction == "backward":
         return Race({name: _gradients(run.forward(), run.leaves, run.dout) for name, run in runs.items()}, learns=True)
-    return Race({name: _repeated(run.forward, calls) for name, run in runs.items()})
+    forward = {name: _repeated(run.forward, calls) for name, run in runs.items()}
+    if PEAK not in rivals:
+        return Race(forward)
+    from fused_attention import _cpu
+
+    steps = round(attention_flops(workload, direction) / _cpu.multiply_adds(1))
+    return Race({**forward, PEAK: lambda: _cpu.multiply_adds(steps)})
 
 
 def _gradients(out: Tensor, leaves: Mapping[str, Tensor], dout: Tensor) -> Callable[[], Any]:
@@ -149,6 +159,19 @@ def option_race(workload: Workload, name: str) -> Race:
     plain = "ours, plain"
     calls = {name: lambda: attention(q, k, v, **options[name]), plain: lambda: attention(q, k, v)}
     return Race(calls, ours=name, weights={name: 1.0 / seen, plain: 1.0})
+
+
+def checks_race(workload: Workload, allowed: str, seconds: float, calls: int) -> Race:
+    """What a call waits for before a backend computes, its checks and its dispatch, against the seconds it may take."""
+    inputs = attention_inputs(workload, torch.float32, SEED)
+    q, k, v = (tensor.detach() for tensor in (inputs.q, inputs.k, inputs.v))
+
+    def checks() -> None:
+        for _ in range(calls):
+            plan(q, k, v, {}, None)
+            unheard(q, k, v)
+
+    return Race({OURS: checks}, allowed={allowed: seconds * calls})
 
 
 def _window_share(seqlen: int, left: int) -> float:

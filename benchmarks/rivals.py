@@ -154,8 +154,12 @@ def varlen(inputs: AttentionInputs) -> Run:
     return Run(forward=forward, leaves=inputs.leaves, dout=inputs.dout)
 
 
+# Where Triton can't serve; it refuses where no installation and no step of the GPU run has compiled it.
+CUDA = Contender("ours, cuda", "attention", functools.partial(ours, backend="cuda"))
+
+
 def device_contenders(workload: Workload, *, compiled: bool = True) -> tuple[Contender, ...]:
-    """Ours first; varlen_attn only where sequences are packed."""
+    """Ours first, of Triton and of CUDA C++; varlen_attn only where sequences are packed."""
     backends = {
         "cuDNN": SDPBackend.CUDNN_ATTENTION,
         "flash": SDPBackend.FLASH_ATTENTION,
@@ -164,6 +168,7 @@ def device_contenders(workload: Workload, *, compiled: bool = True) -> tuple[Con
     }
     return (
         Contender(OURS, "attention", ours, ours=True),
+        CUDA,
         *(Contender(name, "attention", functools.partial(sdpa, backend=backend)) for name, backend in backends.items()),
         Contender(FLEX, "attention", functools.partial(flex, compiled=compiled)),
         *((Contender("varlen", "attention", varlen),) if workload.lengths is not None else ()),
@@ -174,6 +179,7 @@ def host_contenders(*, compiled: bool = True) -> tuple[Contender, ...]:
     """For what a call costs the host: torch's function as users call it, for the context that names a backend costs more than the call."""
     return (
         Contender(OURS, "attention", ours, ours=True),
+        CUDA,
         Contender("SDPA", "attention", functools.partial(sdpa, backend=None)),
         Contender(FLEX, "attention", functools.partial(flex, compiled=compiled)),
     )

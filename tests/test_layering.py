@@ -34,7 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "cpu_arguments": {"problem"},
     "cpu_backend": {"built", "cpu_arguments", "problem"},
     "cpu_weights": {"autocast", "cpu_arguments", "cpu_backend", "listeners", "problem", "reference"},
-    "cuda_backend": {"built", "cpu_arguments", "problem"},
+    "cuda_architectures": set(),
+    "cuda_backend": {"built", "cpu_arguments", "cuda_architectures", "problem"},
+    "cuda_pages": {"cuda_backend", "problem"},
     "triton_kernels": set(),
     "triton_backend": {"problem"},
     "backend": {"cpu_backend", "cuda_backend", "problem", "torch_backend", "triton_backend"},
@@ -44,14 +46,19 @@ ALLOWED: dict[str, set[str]] = {
     "merge": {"problem"},
     "jagged": set(),
     "listeners": {"problem"},
-    "plans": {"backend", "problem", "validation"},
-    "functional": {"autocast", "backend", "cpu_weights", "dropout", "jagged", "ops", "plans", "problem", "reference", "validation"},
+    "call_facts": {"problem"},
+    "plans": {"backend", "call_facts", "problem", "validation"},
+    "calls": {"autocast", "backend", "dropout", "ops", "plans", "problem", "reference"},
+    "functional": {"autocast", "backend", "calls", "cpu_weights", "jagged", "problem", "reference", "validation"},
     "sdpa": {"functional"},
     "host": {"problem"},
     "cache": {"host", "validation"},
     "paging": {"cache"},
-    "cpu_pages": {"cpu_arguments", "cpu_backend", "listeners", "problem"},
-    "decoding": {"autocast", "backend", "cache", "cpu_pages", "functional", "host", "paging", "plans", "rotary", "validation"},
+    "cpu_pages": {"cpu_arguments", "cpu_backend", "problem"},
+    "decoding": {
+        *("autocast", "backend", "cache", "cpu_pages", "cuda_pages", "functional", "host", "listeners", "paging", "plans"),
+        *("problem", "rotary", "triton_backend", "validation"),
+    },
     "rotary": {"layer_ops", "validation"},
     "positional": set(),
     "layer_ops": {"cpu_backend", "listeners", "triton_backend"},
@@ -66,26 +73,28 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": set(),
     "testing": {"fused_attention", "backend", "problem", "validation"},
     "benchmarks": {
-        *("fused_attention", "examples", "testing"),
+        *("fused_attention", "examples", "models", "testing"),
         *("layer_ops", "backend", "listeners", "plans", "triton_backend"),  # four for host_path
+        *("triton_kernels", "validation"),  # for experiments
     },
 }
 # What it may import besides, but only inside a function: what may be missing, or costs time that not every caller should pay.
 LAZY: dict[str, set[str]] = {
     "built": {"_build_info"},
+    "call_facts": {"_cpu"},
     "cpu_backend": {"_cpu"},
     "cpu_pages": {"_cpu"},
     "cpu_weights": {"_cpu"},
     "cuda_backend": {"_cuda"},
     "triton_backend": {"triton_kernels"},
-    "benchmarks": {"triton_kernels"},
     "layer_ops": {"_cpu", "triton_kernels"},
+    "benchmarks": {"_cpu"},
     "__main__": {"fused_attention", "testing", "benchmarks", "_cpu", "_build_info"},
 }
 GENERATED = {"_cpu", "_cuda", "_build_info"}  # modules that a build makes: no source here has their names
 # Other packages that may be needed to import a module; a runtime dependency is what every module may need.
 DEPENDENCIES = {"torch"}
-EXTRAS = {"benchmarks": {"rich", "matplotlib", "pytest"}, "examples": {"rich"}, "triton_kernels": {"triton"}}
+EXTRAS = {"benchmarks": {"rich", "matplotlib", "pytest", "triton"}, "examples": {"rich"}, "triton_kernels": {"triton"}}
 
 
 class Import(NamedTuple):

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention, attention_varlen, attention_with_lse, ops, plans
+from fused_attention.backend import KERNELS
 from fused_attention.listeners import unheard
 
 TENSORS = {
@@ -158,6 +159,22 @@ def test_a_call_after_the_first_computes_what_a_first_one_would(options, head_di
         got = attention_with_lse(q, k, v, **options)
         torch.manual_seed(number)
         torch.testing.assert_close(got, attention_with_lse(q, k, v, backend="reference", **options))
+
+
+@pytest.mark.skipif(KERNELS["cpu"].unavailable() is not None, reason="the compiled module is missing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 70])
+def test_out_alone_is_the_same_and_makes_no_lse(dtype, seqlen_q, monkeypatch):
+    q, k, v = operands(seqlen_q=seqlen_q, dtype=dtype)
+    expected = attention_with_lse(q, k, v, backend="cpu", causal=True).out
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: made.append(args) or empty(*args, **options))
+    got = attention(q, k, v, backend="cpu", causal=True)
+    assert not made
+    attention_with_lse(q, k, v, backend="cpu", causal=True)
+    assert len(made) == 1
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("subclass", [False, True])

@@ -14,7 +14,8 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kAvx2Kernels{"avx2", {forward, backward, weights, decode_pages}, &kAvx2Double, kLayerKernels};
+const Kernels kAvx2Kernels{
+    "avx2", {forward, backward, weights, decode_pages}, &kAvx2Double, kLayerKernels, multiply_adds};
 
 #if defined(__clang__)
 #pragma clang attribute pop

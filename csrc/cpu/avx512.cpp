@@ -14,7 +14,8 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kAvx512Kernels{"avx512", {forward, backward, weights, decode_pages}, &kAvx512Double, kLayerKernels};
+const Kernels kAvx512Kernels{
+    "avx512", {forward, backward, weights, decode_pages}, &kAvx512Double, kLayerKernels, multiply_adds};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 const Kernels kAvx512Bf16Kernels{
-    "avx512_bf16", {forward, backward, weights, decode_pages}, &kAvx512Double, kLayerKernels};
+    "avx512_bf16", {forward, backward, weights, decode_pages}, &kAvx512Double, kLayerKernels, multiply_adds};
 
 #if defined(__clang__)
 #pragma clang attribute pop

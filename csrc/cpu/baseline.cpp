@@ -8,4 +8,5 @@ namespace {
 #include "cpu/kernels.inl"
 }  // namespace
 
-const Kernels kBaselineKernels{"baseline", {forward, backward, weights, decode_pages}, &kBaselineDouble, kLayerKernels};
+const Kernels kBaselineKernels{
+    "baseline", {forward, backward, weights, decode_pages}, &kBaselineDouble, kLayerKernels, multiply_adds};

@@ -2,8 +2,10 @@
 // does.
 #include "attention_arguments.h"
 #include "cpu/arguments.h"
+#include "cpu/call_facts.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_bindings.h"
+#include "cpu/parallel.h"
 
 namespace {
 
@@ -21,6 +23,25 @@ void forward(const py::tuple& tensors, const py::tuple& sizes, const py::tuple& 
   const AttentionKernels& table = kernels_for(p);
   py::gil_scoped_release release;
   table.forward(p, threads);
+}
+
+// forward of later calls that differ in nothing but their addresses. An lse that nobody asks for, whose address is 0,
+// goes to scratch memory.
+py::cpp_function prepare(const py::tuple& tensors, const py::tuple& sizes, const py::tuple& visible,
+                         const py::object& options) {
+  const AttentionParams known = attention_params(tensors, sizes, visible, options);
+  const AttentionKernels& table = kernels_for(known);
+  return [known, &table](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads) {
+    AttentionParams p = known;
+    p.q.data = reinterpret_cast<char*>(q), p.k.data = reinterpret_cast<char*>(k);
+    p.v.data = reinterpret_cast<char*>(v), p.out.data = reinterpret_cast<char*>(out);
+    p.lse = reinterpret_cast<void*>(lse);
+    py::gil_scoped_release release;
+    static thread_local Arena scratch;
+    if (!lse) p.lse = scratch.array<double>(size_t(p.batch * p.heads * p.seqlen_q));
+    table.forward(p, threads);
+    scratch.trim();
+  };
 }
 
 void backward(const py::tuple& tensors, const py::tuple& sizes, const py::tuple& visible, const py::object& options,
@@ -59,8 +80,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Kernels for CPUs, on addresses and strides; cpu_backend.py and layer_ops/cpu.py call them.";
   module.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   module.def("forward", &forward);
+  module.def("prepare", &prepare);
+  module.def("call_facts", &call_facts::reader);
   module.def("backward", &backward);
   module.def("weights", &weights);
   module.def("decode_pages", &decode_pages);
+  module.def("multiply_adds", [](int64_t steps) { return kernels().multiply_adds(steps); });
   bind_layers(module);
 }

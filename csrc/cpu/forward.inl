@@ -17,10 +17,10 @@ struct ForwardScratch {
   }
 };
 
-// scores = K Q', and the largest score of each row.
+// scores = K Q', or what options that have loaded their shift make of it, and the largest score of each row.
 template <class Operands, int N>
 INLINE void score_tile(const QueryBlock& block, const KeyTile<N>& tile, const ForwardScratch& scratch,
-                       Vec (&tile_max)[N]) {
+                       const PairOptions<N>* options, Vec (&tile_max)[N]) {
   const AttentionParams& p = block.p;
   const Broadcast k = Operands::keys(p.k, tile.k, tile.keys, p.head_dim, scratch.copy);
   const int64_t steps = Operands::steps(p.head_dim);
@@ -35,7 +35,10 @@ INLINE void score_tile(const QueryBlock& block, const KeyTile<N>& tile, const Fo
     s.clear();
     s.template multiply_add<typename Operands::Product>(k.rows_from(j), scratch.qt, N * kWidth, steps);
     s.map([&](Vec x, auto, auto) INLINE_LAMBDA { return Operands::scaled(x, scale); });
-    if (!tile.common.contains({j, j + height}))
+    if (options && p.softcap == 0.0)
+      s.map([&](Vec x, auto m, auto n)
+                INLINE_LAMBDA { return PairOptions<N>::shifted(x, load(scratch.shift + ((j + m) * N + n) * kWidth)); });
+    else if (!tile.common.contains({j, j + height}))
       s.map([&](Vec x, auto m, auto n)
                 INLINE_LAMBDA { return tile.mask.sees(Int(j + m), n) ? x : broadcast(-kInfinity); });
     s.map([&](Vec x, auto m, auto n) INLINE_LAMBDA {
@@ -44,6 +47,7 @@ INLINE void score_tile(const QueryBlock& block, const KeyTile<N>& tile, const Fo
       return x;
     });
   });
+  if (options && p.softcap != 0.0) options->apply(scratch.scores, scratch.shift, tile.keys, tile_max);
 }
 
 template <int M, int N>
@@ -113,8 +117,7 @@ void attend(const QueryBlock& block, const ForwardScratch& scratch) {
     if (shown == Shown::kSome && !shifted) tile.hide_by(bits);
     const bool hides = shown == Shown::kSome || !tile.is_common();
     Vec tile_max[N];
-    score_tile<Operands>(block, tile, scratch, tile_max);
-    if (shifted) options.apply(scratch.scores, scratch.shift, tile.keys, tile_max);
+    score_tile<Operands>(block, tile, scratch, shifted ? &options : nullptr, tile_max);
     softmax.template update<Operands::power_of_2>(scratch.scores, tile.keys, tile_max);
     if (p.dropout_seed)
       for_kept<N>(p, block.rows, range, [&](int64_t j, int n, IntVec kept) INLINE_LAMBDA {

@@ -16,6 +16,7 @@ struct Kernels {
   AttentionKernels attention;
   const AttentionKernels* attention64;  // for float64; the other takes every other type
   LayerKernels layers;
+  double (*multiply_adds)(int64_t steps);
 };
 
 #if defined(__x86_64__)

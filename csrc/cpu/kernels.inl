@@ -38,5 +38,6 @@ constexpr float kLn2 = 0.6931471824645996f, kLn2Rest = -1.9046542e-9f;
 #include "cpu/backward.inl"
 #if !defined(REAL_IS_DOUBLE)
 #include "cpu/layer_kernels.inl"
+#include "cpu/peak.inl"
 #endif
 // clang-format on

@@ -16,33 +16,55 @@ INLINE void prefetch(const char* first, int64_t rows, int64_t row_stride, int64_
     for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(first + r * row_stride + at);
 }
 
+// Where the rows of a vector of lanes begin. Where they are all there, dense and of Reals, each is loaded and stored in
+// whole vectors without a test, which a short sequence would notice.
+template <class Byte>
+struct VectorRows {
+  Byte* at[kWidth];  // null past the last query
+  bool plain;
+
+  template <class Row>
+  INLINE VectorRows(const View& x, int first_lane, Row&& row) {
+    for (int i = 0; i < kWidth; ++i) at[i] = row(first_lane + i);
+    plain = x.element == kReal && x.dim == int64_t(sizeof(Real)) && at[kWidth - 1];
+  }
+};
+
 // to[d][lane] = factor * row(lane)[d], where row(lane) is null past the last query.
 template <int N, class Row>
 INLINE void load_transposed(Real* to, int64_t dims, const View& x, Real factor, Row&& row) {
-  for (int n = 0; n < N; ++n)
+  for (int n = 0; n < N; ++n) {
+    const VectorRows<const char> from(x, n * kWidth, row);
     for (int64_t d = 0; d < dims; d += kWidth) {
       Vec rows[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const char* from = row(n * kWidth + i);
-        rows[i] = from ? load_elements(x.element, from + d * x.dim, x.dim, dims - d) * factor : Vec{};
-      }
+      if (from.plain && d + kWidth <= dims)
+        repeat<kWidth>(EACH(i) { rows[i] = load(reinterpret_cast<const Real*>(from.at[i]) + d) * factor; });
+      else
+        for (int i = 0; i < kWidth; ++i)
+          rows[i] = from.at[i] ? load_elements(x.element, from.at[i] + d * x.dim, x.dim, dims - d) * factor : Vec{};
       transpose(rows);
       for (int i = 0; i < kWidth && d + i < dims; ++i) store(to + (d + i) * N * kWidth + n * kWidth, rows[i]);
     }
+  }
 }
 
 // row(lane)[d] = factor[lane] * from[d][lane]
 template <int N, class Row>
 INLINE void store_transposed(const Real* from, int64_t dims, const View& x, const Vec (&factor)[N], Row&& row) {
-  for (int n = 0; n < N; ++n)
+  for (int n = 0; n < N; ++n) {
+    const VectorRows<char> to(x, n * kWidth, row);
     for (int64_t d = 0; d < dims; d += kWidth) {
       Vec rows[kWidth];
       for (int i = 0; i < kWidth; ++i)
         rows[i] = d + i < dims ? load(from + (d + i) * N * kWidth + n * kWidth) * factor[n] : Vec{};
       transpose(rows);
-      for (int i = 0; i < kWidth; ++i)
-        if (char* to = row(n * kWidth + i)) store_row(x.element, to + d * x.dim, x.dim, dims - d, rows[i]);
+      if (to.plain && d + kWidth <= dims)
+        repeat<kWidth>(EACH(i) { store(reinterpret_cast<Real*>(to.at[i]) + d, rows[i]); });
+      else
+        for (int i = 0; i < kWidth; ++i)
+          if (to.at[i]) store_row(x.element, to.at[i] + d * x.dim, x.dim, dims - d, rows[i]);
     }
+  }
 }
 
 // to[r][d] = from[r][d] as Reals, each row in whole vectors.

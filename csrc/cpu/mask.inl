@@ -30,6 +30,16 @@ struct LaneMask {
       hi[lane / kWidth][lane % kWidth] = lo[lane / kWidth][lane % kWidth];
   }
 
+  // Whether every lane sees the first `keys` keys.
+  INLINE bool sees_all(Int keys) const {
+    if (shown) return false;
+    IntVec all = ~IntVec{};
+    for (int n = 0; n < N; ++n) all &= (lo[n] <= Int(0)) & (hi[n] >= keys);
+    bool result = true;
+    for (int i = 0; i < kWidth; ++i) result &= all[i] != 0;
+    return result;
+  }
+
   INLINE IntVec sees(Int key, int n) const {
     const IntVec inside = (lo[n] <= key) & (hi[n] > key);
     if (!shown) return inside;

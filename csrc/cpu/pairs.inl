@@ -53,29 +53,18 @@ struct PairOptions {
     const Shown by_mask = p.mask.data ? bits.load(p.mask, rows, keys) : Shown::kAll;
     if (by_mask == Shown::kNone) return by_mask;
     if (by_mask == Shown::kSome) mask.shown = bits.words;
-    if (p.bias.data) load_bias(keys, shift);
     Vec position[N];
     if (p.slopes) positions(keys, position);
-    const Vec hidden = broadcast(-kInfinity), largest = broadcast(Real(3e38 / kLog2EOf64));
+    const Vec hidden = broadcast(-kInfinity);
+    const bool open = mask.sees_all(Int(keys.hi - keys.lo));
     IntVec any{}, all = ~IntVec{};
-    for (int64_t j = 0; j < keys.hi - keys.lo; ++j)
-      repeat<N>(EACH(n) {
-        const int64_t at = (j * N + n) * kWidth;
-        Vec x{};
-        if (p.bias.data) {
-          x = load(shift + at);
-          if constexpr (sizeof(Real) == 4) {  // a finite bias near the largest float stays finite
-            x = x > largest && x < -hidden ? largest : x;
-            x = x < -largest && x > hidden ? -largest : x;
-          }
-          x = x * kLog2E;
-        }
-        if (p.slopes) x = fused(-slope[n], distance(position[n], j), x);
-        x = mask.sees(Int(j), n) ? x : hidden;
-        any |= x != hidden;
-        all &= x != hidden;
-        store(shift + at, x);
-      });
+    for_biases(keys, [&](int64_t j, int n, Vec x) INLINE_LAMBDA {
+      if (p.slopes) x = fused(-slope[n], distance(position[n], j), x);
+      if (!open) x = mask.sees(Int(j), n) ? x : hidden;
+      any |= x != hidden;
+      all &= x != hidden;
+      store(shift + (j * N + n) * kWidth, x);
+    });
     bool found = false, complete = true;
     for (int i = 0; i < kWidth; ++i) found |= any[i] != 0, complete &= all[i] != 0;
     return complete ? Shown::kAll : found ? Shown::kSome : Shown::kNone;
@@ -88,8 +77,9 @@ struct PairOptions {
       if (steepness) *steepness = Real(1) - bent * bent;
       raw = cap * bent;
     }
-    return shift == -kInfinity ? broadcast(-kInfinity) : raw + shift;
+    return shifted(raw, shift);
   }
+  static INLINE Vec shifted(Vec raw, Vec shift) { return shift == -kInfinity ? broadcast(-kInfinity) : raw + shift; }
 
   // raw scores -> scores, in place, and the largest of each lane.
   INLINE void apply(Real* scores, const Real* shift, int64_t keys, Vec (&tile_max)[N]) const {
@@ -104,27 +94,53 @@ struct PairOptions {
   }
 
  private:
-  // to[key][lane] = bias[lane's row, key]
-  void load_bias(Interval keys, Real* to) const {
+  // f(key from the first one, vector, bias in base 2) for all pairs.
+  template <class F>
+  INLINE void for_biases(Interval keys, F&& f) const {
     const View& x = p.bias;
     const int64_t count = keys.hi - keys.lo;
     const char* from[N * kWidth];
-    for (int lane = 0; lane < N * kWidth; ++lane) {
-      const char* const at = rows.row(x, lane);
-      from[lane] = at ? at + keys.lo * x.dim : nullptr;
+    bool same_rows = true;
+    for (int lane = 0; x.data && lane < N * kWidth; ++lane) {
+      from[lane] = rows.row(x, lane < rows.count ? lane : 0) + keys.lo * x.dim;
+      same_rows &= from[lane] == from[0];
     }
-    const auto row = [&](int lane) INLINE_LAMBDA { return from[lane]; };
-    bool one_row = true;
-    for (int lane = 1; lane < rows.count; ++lane) one_row &= row(lane) == row(0);
-    if (x.dim != 0 && !one_row) return load_transposed<N>(to, count, x, Real(1), row);
-    Vec column[N] = {};
-    if (x.dim == 0)
-      for (int lane = 0; lane < rows.count; ++lane)
-        column[lane / kWidth][lane % kWidth] = read_element(x.element, row(lane));
-    for (int64_t j = 0; j < count; ++j)
-      repeat<N>(EACH(n) {
-        store(to + (j * N + n) * kWidth,
-              x.dim == 0 ? column[n] : broadcast(read_element(x.element, row(0) + j * x.dim)));
-      });
+    const bool by_key = x.data && x.dim != 0;
+    if (by_key && !same_rows) return for_squares(from, count, f);
+    Vec biases[N] = {};
+    for (int lane = 0; x.data && !by_key && lane < N * kWidth; ++lane)
+      biases[lane / kWidth][lane % kWidth] = read_element(x.element, from[lane]);
+    for (Vec& of_rows : biases) of_rows = bounded(of_rows);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int n = 0; by_key && n < N; ++n)
+        biases[n] = bounded(broadcast(read_element(x.element, from[0] + j * x.dim)));
+      repeat<N>(EACH(n) { f(j, n, biases[n]); });
+    }
+  }
+
+  // kWidth keys of kWidth queries at a time.
+  template <class F>
+  INLINE void for_squares(const char* (&from)[N * kWidth], int64_t count, F&& f) const {
+    const View& x = p.bias;
+    for (int n = 0; n < N; ++n)
+      for (int64_t first = 0; first < count; first += kWidth) {
+        Vec square[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          const char* const at = from[n * kWidth + i] + first * x.dim;
+          prefetch(at + kBlockN * x.dim, 1, 0, 1);  // of the tile that comes next
+          square[i] = load_elements(x.element, at, x.dim, count - first);
+        }
+        transpose(square);
+        for (int i = 0; i < kWidth && first + i < count; ++i) f(first + i, n, bounded(square[i]));
+      }
+  }
+
+  // In base 2. A finite bias near the largest float stays finite; what is its own half, 0 or infinite, is left as it
+  // is.
+  static INLINE Vec bounded(Vec x) {
+    if constexpr (sizeof(Real) == sizeof(double)) return x * kLog2E;
+    const Vec largest = broadcast(Real(3e38 / kLog2EOf64));
+    const Vec opposite = no_more_than(largest, -no_more_than(largest, x));
+    return x == x * Real(0.5) ? x : opposite * -kLog2E;
   }
 };

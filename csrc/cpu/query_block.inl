@@ -29,13 +29,19 @@ struct QueryBlock {
     return QueryBlock(p, member, head / (p.heads / p.kv_heads), rows, {first, first + count}, false);
   }
 
-  // The rows of out, and of q in the block that comes next: 10 % of the time where many heads do not fit the cache.
+  // The rows of out, and of q in the block that comes next: 10 % of the time where many heads do not fit the cache. Of
+  // a window also the keys that only the next block sees, 5 % of the time.
   INLINE void prefetch_rows() const {
     for (int lane = 0; lane < rows.count; ++lane) {
       prefetch(rows.row(p.out, lane), 1, 0, p.head_dim_v * bytes_of(p.out.element));
       if (rows.first >= kLanes)
         prefetch(rows.row(p.q, lane) - kLanes * p.q.seq, 1, 0, p.head_dim * bytes_of(p.q.element));
     }
+    const Interval next = visible.keys_of_any({queries.lo - kLanes, queries.lo});
+    if (p.window_left == kUnbounded || queries.lo < kLanes || next.empty()) return;
+    const int64_t keys = smaller(kLanes, visible.keys_of_any(queries).lo - next.lo);
+    prefetch(k + next.lo * p.k.seq, keys, p.k.seq, p.head_dim * bytes_of(p.k.element));
+    prefetch(v + next.lo * p.v.seq, keys, p.v.seq, p.head_dim_v * bytes_of(p.v.element));
   }
 
   INLINE void store_lse(const Real* lse) const {

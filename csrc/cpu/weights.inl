@@ -37,8 +37,7 @@ void add_probabilities(const QueryBlock& block, Interval tile_keys, const Forwar
   Operands::template load_lanes<N>(scratch.qt, p.head_dim, p.q, base2_scale(p),
                                    [&](int lane) { return block.rows.row(p.q, lane); });
   Vec tile_max[N];
-  score_tile<Operands>(block, tile, scratch, tile_max);
-  if (shifted) options.apply(scratch.scores, scratch.shift, tile.keys, tile_max);
+  score_tile<Operands>(block, tile, scratch, shifted ? &options : nullptr, tile_max);
   const RowStatistics<N> of(p, block.rows);
   const auto add = [&](int64_t j, int n, IntVec kept) INLINE_LAMBDA {
     const int64_t at = (j * N + n) * kWidth;

@@ -1,12 +1,17 @@
 """The compiled kernels of csrc/cpu/*bindings.cpp: addresses and strides, nothing is checked."""
 
+from collections.abc import Callable
 from typing import Any
 
 Tensor = tuple[int, ...]  # the address, and the strides of batch, head, row and column
 Arguments = tuple[Any, ...]  # as cpu_arguments.py makes them
 
 def isa() -> str: ...
+def multiply_adds(steps: int, /) -> float: ...  # of vectors alone, for benchmarks: how many operations that were
 def forward(tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, threads: int, /) -> None: ...
+def prepare(
+    tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, /
+) -> Callable[[int, int, int, int, int, int], None]: ...  # on the addresses of q, k, v, out and lse, 0 for none, and threads
 def backward(
     tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, threads: int, gradients: Arguments, /
 ) -> None: ...
@@ -16,6 +21,7 @@ def weights(
 def decode_pages(
     tensors: Arguments, sizes: Arguments, visible: Arguments, options: Arguments | None, threads: int, pages: Arguments, /
 ) -> bool: ...
+def call_facts(types: tuple[type, ...], /) -> Callable[[tuple[Any, ...]], bytes | None]: ...
 
 Matrix = tuple[int, int, int]  # the address, and the strides of rows and columns; 0 for none
 

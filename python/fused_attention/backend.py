@@ -5,13 +5,14 @@ The reasons of `unavailable`, `unsupported` and `slower` are the dispatch rule a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .cpu_backend import CpuBackend
+from .cpu_backend import CpuBackend, out_alone
 from .cuda_backend import CudaBackend
 from .problem import AttentionOutput, Gradients, Problem
 from .torch_backend import TorchBackend
@@ -50,6 +51,9 @@ KERNELS: dict[str, KernelBackend] = {
     "cpu": CpuBackend(),
     "torch": TorchBackend(),
 }
+
+# forward without lse, of those to which that is less work.
+OUT_ALONE: dict[str, Callable[[Tensor, Tensor, Tensor, Problem], Tensor]] = {"cpu": out_alone}
 
 ORDER = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}  # of the automatic choice, by device type
 ELSEWHERE = ("torch",)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,6 @@ from .built import build_reason
 from .cpu_arguments import Arguments, pairs_view, view
 from .problem import AttentionOutput, Gradients, Known, Problem, empty_output, empty_results
 
-# A forked child inherits OpenMP's pool without its threads, and would wait for them for ever.
-_PROCESS = os.getpid()
 VECTOR = 16  # float32 numbers in the widest one
 PARTIAL_SUMS = 1024
 
@@ -49,11 +48,13 @@ class CpuBackend:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> AttentionOutput:
-        if isinstance(problem, Known) and problem.notes is not None:
-            return _run_again(q, k, v, problem, problem.notes)
         out, lse = empty_results(q, problem)
-        call = Arguments(q, k, v, out, lse, problem)
-        _module().forward(call.tensors, call.sizes, call.visible, call.options, threads())
+        again = _prepared(q, k, v, problem)
+        if again is None:
+            call = Arguments(q, k, v, out, lse, problem)
+            _module().forward(call.tensors, call.sizes, call.visible, call.options, threads())
+        else:
+            again.run(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), threads())
         return AttentionOutput(out, lse)
 
     def backward(
@@ -85,36 +86,33 @@ class CpuBackend:
         )
 
 
+def out_alone(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """The out of forward, where nobody needs lse: of a problem that comes again, it is not allocated."""
+    again = _prepared(q, k, v, problem)
+    if again is None:
+        return CpuBackend().forward(q, k, v, problem).out
+    out = torch.empty_like(q) if again.like_q else empty_output(q, problem.head_dim_v)
+    again.run(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, threads())
+    return out
+
+
 class Prepared(NamedTuple):
     """A call of forward that lacks nothing but its addresses."""
 
-    arguments: Arguments
-    views: tuple[tuple[int, ...], ...]  # of q, k, v and out without their addresses
-    lse_strides: tuple[int, int]
-    rows: tuple[int, ...]  # of lse
-    dtype: torch.dtype
+    run: Callable[[int, int, int, int, int, int], None]  # on those of q, k, v, out and lse, 0 for none, and so many threads
     like_q: bool  # out
 
 
-def _run_again(q: Tensor, k: Tensor, v: Tensor, problem: Problem, notes: dict[str, Any]) -> AttentionOutput:
-    """forward for a problem without tensors: what follows from its facts is made once."""
-    known: Prepared | None = notes.get("cpu")
+def _prepared(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Prepared | None:
+    """What follows from the facts of a problem that comes again, made once."""
+    if not isinstance(problem, Known) or problem.notes is None:
+        return None
+    known: Prepared | None = problem.notes.get("cpu")
     if known is None:
-        out, lse = empty_results(q, problem)
-        made = Arguments(q, k, v, out, lse, problem)
-        views = tuple(view[1:] for view in made.tensors[:4])
-        known = Prepared(made, views, made.tensors[5:], tuple(lse.shape), lse.dtype, problem.head_dim == problem.head_dim_v)
-        notes["cpu"] = known
-    call, views, lse_strides, rows, dtype, like_q = known
-    out = torch.empty_like(q) if like_q else empty_output(q, problem.head_dim_v)
-    lse = torch.empty(rows, dtype=dtype, device="cpu")
-    of_q, of_k, of_v, of_out = views
-    tensors = (
-        *((q.data_ptr(), *of_q), (k.data_ptr(), *of_k), (v.data_ptr(), *of_v), (out.data_ptr(), *of_out)),
-        *(lse.data_ptr(), *lse_strides),
-    )
-    _module().forward(tensors, call.sizes, call.visible, call.options, threads())
-    return AttentionOutput(out, lse)
+        call = Arguments(q, k, v, *empty_results(q, problem), problem)
+        run = _module().prepare(call.tensors, call.sizes, call.visible, call.options)
+        problem.notes["cpu"] = known = Prepared(run, problem.head_dim == problem.head_dim_v)
+    return known
 
 
 def _zeros(bias: Tensor | None, problem: Problem) -> Tensor | None:
@@ -190,4 +188,15 @@ def _unavailable() -> str | None:
 
 def threads() -> int:
     """How many a kernel may use."""
-    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
+    return 1 if _is_forked else torch.get_num_threads()
+
+
+def _leave_the_pool() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+# A forked child inherits OpenMP's pool without its threads, and would wait for them for ever.
+_is_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_the_pool)

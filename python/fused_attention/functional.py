@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, cpu_weights, dropout, jagged, ops, reference
-from .backend import REFERENCE, Explanation, explanation
-from .plans import plan
+from . import autocast, cpu_weights, jagged, reference
+from .backend import Explanation, explanation
+from .calls import call, call_for_out
 from .problem import AttentionOutput
 from .validation import check
 
@@ -70,11 +70,14 @@ def attention(
         ValueError, TypeError: an argument is wrong; the sentence names it, what it got and what was expected.
         NotImplementedError: the demanded backend can't compute this call; the sentence says why.
     """
-    options = _options(locals())
+    if dropout_p is _NO_DROPOUT and _are_none(window, offset, mask, bias, kv_lengths, alibi_slopes, softcap, sinks, dropout_seed, scale):
+        options: dict[str, Any] = {} if causal is False else {"causal": causal}  # a short call would notice a search through them all
+    else:
+        options = _options(locals())
     if not jagged.any_nested(q, k, v):
-        return _attend(q, k, v, options, backend).out
+        return call_for_out(q, k, v, options, backend)
     rows, cu_seqlens = jagged.unpack(q, k, v, options)
-    out = _attend(*rows, options | cu_seqlens, backend).out
+    out = call_for_out(*rows, options | cu_seqlens, backend)
     return torch.nested.nested_tensor_from_jagged(out, cu_seqlens["cu_seqlens_q"]).transpose(1, 2)
 
 
@@ -102,7 +105,7 @@ def attention_with_lse(
     Sinks are included; a row that sees nothing has -inf. Both results are differentiable. Arguments and errors are those of
     `attention`; nested tensors are refused.
     """
-    return _attend(q, k, v, _options(locals()), backend)
+    return call(q, k, v, _options(locals()), backend)
 
 
 def attention_varlen(
@@ -141,7 +144,7 @@ def attention_varlen(
         ValueError, TypeError, NotImplementedError: as `attention`; mask and bias are refused, for packed pairs fill no rectangle.
     """
     jagged.reject(rejected)
-    return _attend(q, k, v, _options(locals()) | {"packed": True}, backend).out
+    return call_for_out(q, k, v, _options(locals()) | {"packed": True}, backend)
 
 
 def attention_varlen_with_lse(
@@ -166,7 +169,7 @@ def attention_varlen_with_lse(
 ) -> AttentionOutput:
     """`attention_varlen`, and its lse (heads, total_q) as `attention_with_lse` has it; arguments and errors as there."""
     jagged.reject(rejected)
-    return _attend(q, k, v, _options(locals()) | {"packed": True}, backend)
+    return call(q, k, v, _options(locals()) | {"packed": True}, backend)
 
 
 def attention_weights(
@@ -278,16 +281,12 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _are_none(*values: object) -> bool:
+    for value in values:  # noqa: SIM110 (a loop takes half the time of any)
+        if value is not None:
+            return False
+    return True
+
+
 _NO_DROPOUT = inspect.signature(attention).parameters["dropout_p"].default
 _OPERANDS = frozenset(("q", "k", "v", "lse", "average_heads", "backend", "rejected"))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> AttentionOutput:
-    q, k, v = autocast.cast(q, k, v)
-    problem, name, tensors = plan(q, k, v, options, backend)
-    if problem.dropout_p > 0 and problem.dropout_seed is None:
-        problem = problem._replace(dropout_seed=dropout.new_seed(q.device))
-    if name != REFERENCE:
-        return ops.run(q, k, v, problem, name, tensors)
-    with autocast.off(q.device):
-        return reference.attention(q, k, v, problem)

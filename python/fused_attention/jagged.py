@@ -24,7 +24,10 @@ def reject(arguments: dict[str, Any]) -> None:
 
 
 def any_nested(*operands: Tensor) -> bool:
-    return any(isinstance(operand, Tensor) and operand.is_nested for operand in operands)
+    for operand in operands:  # noqa: SIM110 (a loop takes half the time of any)
+        if isinstance(operand, Tensor) and operand.is_nested:
+            return True
+    return False
 
 
 def unpack(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:

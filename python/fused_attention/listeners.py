@@ -20,11 +20,14 @@ def unheard(*arguments: Any) -> bool:
     """arguments: of the operator, tensors among them; none needs a gradient."""
     if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled or torch._C._is_torch_function_mode_enabled():
         return False
-    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~QUIET:
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & LOUD:
         return False
     keys = torch._C._dispatch_keys
-    for x in arguments:  # noqa: SIM110 (a loop takes half the time of any)
-        if isinstance(x, Tensor) and (type(x) not in ORDINARY or keys(x).raw_repr() not in PLAIN):
+    for x in arguments:
+        if type(x) in ORDINARY:
+            if keys(x).raw_repr() not in PLAIN:
+                return False
+        elif isinstance(x, Tensor):
             return False
     return True
 
@@ -33,8 +36,8 @@ def _key_set(*keys: str) -> int:
     return int(functools.reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr() for key in keys)))
 
 
-# What the keys of a tensor can be, and those of a thread at most, where nothing is special about it. Inference tensors have but two.
+# What the keys of a tensor can be, and those of a thread can not, where nothing is special about it. Inference tensors have but two.
 PLAIN = frozenset(
     _key_set(device, f"Autocast{device}", *more) for device in ("CPU", "CUDA") for more in ((), (f"Autograd{device}", "ADInplaceOrView"))
 )
-QUIET = _key_set("BackendSelect", "ADInplaceOrView")
+LOUD = ~_key_set("BackendSelect", "ADInplaceOrView")

@@ -5,17 +5,16 @@ facts of q, k, v and of every option, and which gradients are needed  ->  proble
 
 from __future__ import annotations
 
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import choose
-from .problem import ORDINARY, Known, Problem
+from .call_facts import Key, facts
+from .problem import Known, Problem
 from .validation import check
 
-SCALARS = frozenset((bool, int, float, NoneType))
 MOST = 4096  # plans, with ever new lengths; then they are made anew
 
 
@@ -30,12 +29,12 @@ class Remembered(NamedTuple):
     tensors: tuple[tuple[str, str], ...]  # field of the problem, option that fills it
 
 
-_remembered: dict[tuple[Any, ...], Remembered] = {}
+_remembered: dict[Key, Remembered] = {}
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> Plan:
     """The problem of a call, checked, and the name of the backend that is to compute it; raises what `check` and `choose` raise."""
-    key = None if torch.compiler.is_compiling() else _key(q, k, v, options, backend)
+    key = None if torch.compiler.is_compiling() else facts((q, k, v, backend, torch.is_grad_enabled(), *options.items()))
     known = None if key is None else _remembered.get(key)
     if known is not None:
         if not known.tensors:
@@ -53,7 +52,7 @@ def forget() -> None:
     _remembered.clear()
 
 
-def _remember(key: tuple[Any, ...], made: Plan, fields: dict[str, Tensor], options: dict[str, Any]) -> Plan:
+def _remember(key: Key, made: Plan, fields: dict[str, Tensor], options: dict[str, Any]) -> Plan:
     if len(_remembered) >= MOST:
         forget()
     if not fields:
@@ -67,27 +66,3 @@ def _remember(key: tuple[Any, ...], made: Plan, fields: dict[str, Tensor], optio
     nothing: dict[str, Any] = dict.fromkeys(fields)
     _remembered[key] = Remembered(Plan(made.problem._replace(**nothing), made.backend, ()), tensors)
     return made
-
-
-def _key(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], backend: str | None) -> tuple[Any, ...] | None:
-    """What tells one call from another; None where it has no hash, or the checks are owed an answer."""
-    if not (type(q) in ORDINARY and type(k) in ORDINARY and type(v) in ORDINARY):
-        return None
-    given: list[Any] = [backend, torch.is_grad_enabled()]
-    try:
-        for x in (q, k, v):
-            given += (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-        for name, value in options.items():
-            kind = type(value)  # True equals 1, and the checks tell them apart
-            if kind in ORDINARY:
-                value = (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
-            elif kind is tuple:
-                value = (*map(type, value), *value)
-            elif kind not in SCALARS:  # a tensor's subclass, say, which the key would keep alive
-                return None
-            given += (name, kind, value)
-        key = tuple(given)
-        hash(key)
-    except (TypeError, RuntimeError):  # a list has no hash, a sparse tensor no strides
-        return None
-    return key

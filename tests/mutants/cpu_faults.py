@@ -13,6 +13,7 @@ class Fault(NamedTuple):
     old: str
     new: str
     table: str = "baseline"  # of kernels, that has the damaged code
+    suite: str = "attention"  # of cpu_suites.py, that is to notice it
 
 
 FAULTS: dict[str, Fault] = {
@@ -40,7 +41,7 @@ FAULTS: dict[str, Fault] = {
     "dropout-missing-in-backward": Fault("cpu/pair_block.inl", "if (p.dropout_seed) load_dropout();", "if (false) load_dropout();"),
     "bias-gradient-of-the-last-keys-alone": Fault("cpu/backward.inl", "bias_sums[i] += of_options", "bias_sums[i] = of_options"),
     "ranges-of-keys-not-rescaled": Fault("cpu/decode.inl", "broadcast(before[r]), x)", "broadcast(Real(1)), x)"),
-    "packed-keys-of-queries": Fault("mask.h", "clamp(p.cu_seqlens_k[batch], 0,", "clamp(p.cu_seqlens_q[batch], 0,"),
+    "packed-keys-of-queries": Fault("mask.h", "clamp(read(p.cu_seqlens_k + batch), 0,", "clamp(read(p.cu_seqlens_q + batch), 0,"),
     "last-key-block-skipped": Fault("cpu/forward.inl", "start_n < keys.hi;", "start_n + kBlockN < keys.hi + 1;"),
     "mean-of-heads-not-divided": Fault("cpu/weights.inl", "/ double(heads.hi - heads.lo)", "/ 1.0"),
     "first-head-alone-averaged": Fault(
@@ -67,4 +68,35 @@ FAULTS: dict[str, Fault] = {
     "hidden-half-of-a-pair-enters": Fault(
         "cpu/pair_operands.inl", "return (IntVec)(((Halves)x & 0x7fff) != 0);", "return ~IntVec{};", "avx512_bf16"
     ),
+    "biases-of-the-first-row": Fault("cpu/pairs.inl", "same_rows &= from[lane] == from[0];", "same_rows &= true;"),
+    "shift-forgotten-without-a-softcap": Fault("cpu/forward.inl", "(options && p.softcap == 0.0)", "(options && p.softcap == -1.0)"),
+    "tiles-open-at-one-end": Fault("cpu/mask.inl", "(lo[n] <= Int(0)) & (hi[n] >= keys)", "(lo[n] <= Int(0)) | (hi[n] >= keys)"),
+    "pages-read-past-the-table": Fault(
+        "cpu/key_rows.inl", "smaller(range.hi + kRowsAhead, p.seqlen_k)", "(range.hi + kRowsAhead)", suite="memory"
+    ),
+    "chains-not-added-up": Fault("cpu/linear.inl", "s == 0 ? x : load(to) + x", "x", suite="layers"),
+    "block-of-steps-forgotten": Fault("cpu/linear.inl", "if (k > 0) x +=", "if (k > kProductSteps) x +=", suite="layers"),
+    "bias-with-every-block-of-steps": Fault("cpu/linear.inl", "if (last && p.bias)", "if (p.bias)", suite="layers"),
+    "gate-and-value-exchanged": Fault(
+        "cpu/linear.inl", "activation.value(gate) * value", "activation.value(value) * gate", suite="layers"
+    ),
+    "residual-instead-of-the-sum": Fault("cpu/linear.inl", "if (p.residual) x +=", "if (p.residual) x =", suite="layers"),
+    "epsilon-outside-the-root": Fault(
+        "cpu/norm.inl", "std::sqrt(squares[0] / width + p.eps)", "(std::sqrt(squares[0] / width) + p.eps)", suite="layers"
+    ),
+    "mean-slope-forgotten": Fault("cpu/norm.inl", "level = p.mean ? sums[1] / width : 0.0f", "level = 0.0f", suite="layers"),
+    "gradient-of-the-sum-forgotten": Fault("cpu/norm.inl", "if (dsummed) result +=", "if (false) result +=", suite="layers"),
+    "weight-gradient-of-the-last-row-alone": Fault(
+        "cpu/norm.inl", "fused(gradient, normal, lanes.load_from(dweight + c))", "gradient * normal", suite="layers"
+    ),
+    "gate-gradient-without-the-value": Fault(
+        "cpu/pointwise.inl", "value ? slope * lanes.load_from(value + c) : slope", "slope", suite="layers"
+    ),
+    "sums-of-the-last-block-of-rows": Fault("cpu/pointwise.inl", "load(sums + c) + load(part + c)", "load(part + c)", suite="layers"),
+    "slope-of-silu-turned-round": Fault(
+        "cpu/activation.inl", "fused(x, sigmoid.off, broadcast", "fused(x, sigmoid.on, broadcast", suite="layers"
+    ),
+    "cubic-term-rounded": Fault("cpu/activation.inl", "kCubic = 0.044715f", "kCubic = 0.0447f", suite="layers"),
+    "rotated-forward-alone": Fault("cpu/rotation.inl", "p.inverse ? -1.0f : 1.0f", "1.0f", suite="layers"),
+    "end-of-the-row-not-copied": Fault("cpu/rotation.inl", "d < p.head_dim; ++d)", "d + 1 < p.head_dim; ++d)", suite="layers"),
 }  # fmt: skip

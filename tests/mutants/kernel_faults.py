@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .mask_faults import MASK, VISITS, Table
+from .page_faults import PAGES
 from .pass_faults import BACKEND, PASSES
 
 
@@ -218,7 +219,10 @@ def planted(file: str, table: Table) -> dict[str, Fault]:
     return {name: Fault(file, *fault) for name, fault in table.items()}
 
 
-PARTS = {"mask": MASK, "visits": VISITS, "tensor": TENSOR, "matmul": MATMUL, "softmax": SOFTMAX, "scores": SCORES, "dropout": DROPOUT}
+PARTS = {
+    "mask": MASK, "visits": VISITS, "tensor": TENSOR, "pages": PAGES, "matmul": MATMUL, "softmax": SOFTMAX, "scores": SCORES,
+    "dropout": DROPOUT,
+}
 FAULTS = {
     name: fault
     for module, table in {**PARTS, **PASSES}.items()

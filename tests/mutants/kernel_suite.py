@@ -27,6 +27,7 @@ from tests.triton import interpreter, interpreter_speed
 
 from .kernel_checks import CHECKS, check_problem, kernels
 from .kernel_problems import PROBLEMS, SPLIT, TILES
+from .page_checks import PAGE_CHECKS
 
 SECONDS = 120  # of this process; a fault may make a loop endless
 units: dict[str, Callable[[], None]] = {}  # everything that can notice a fault, by name; filled by prepare
@@ -45,7 +46,7 @@ def prepare() -> None:
         truth = inputs.truth()
         known[id(truth)] = bounds.tier1(truth)
         units[case.name] = partial(check_problem, inputs, truth, most_rows)
-    units.update({check.__name__.removeprefix("check_"): check for check in CHECKS})
+    units.update({check.__name__.removeprefix("check_"): check for check in (*CHECKS, *PAGE_CHECKS)})
     bound = bounds.tier1
     bounds.tier1 = lambda truth: known[id(truth)] if id(truth) in known else bound(truth)
 

@@ -42,6 +42,8 @@ DECODE: Table = {
     "split-ignores-the-first-tile": ("split-window", "begin = tiles.first + split * SPLIT", "begin = split * SPLIT"),
     "split-not-aligned": ("split-range", "begin = tiles.first + split * SPLIT", "begin = member.begin + split * SPLIT"),
     "split-too-long": ("split", "tl.minimum(high, begin + SPLIT)", "tl.minimum(high, begin + SPLIT + 1)"),
+    "pages-without-their-number": ("pages", "seqlen_k * page_table.shape[1]", "seqlen_k"),
+    "pages-unseen": ("pages", "sight._replace(seqlen_k=seqlen_k)", "sight._replace(seqlen_k=page_size)"),
     "split-range-ignores-its-begin": ("split", "listed, tl.maximum(low, begin),", "listed, low,"),
     "splits-too-few": (
         "split-many",

@@ -1,4 +1,4 @@
-"""Plants every fault of cpu_faults.py in a copy of the C++ kernels, compiles it, and asks quick_suite.py whether it notices.
+"""Plants every fault of cpu_faults.py in a copy of the C++ kernels, compiles it, and asks its suite of cpu_suites.py whether it notices.
 
     python -m tests.mutants.run_cpu_mutants [NAME...]        exit status 1 if a fault goes unnoticed
 
@@ -8,11 +8,8 @@ A copy has one table: the baseline's, which runs on every CPU and compiles in se
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -24,10 +21,10 @@ import fused_attention
 from fused_attention import _cpu
 
 from .cpu_faults import FAULTS, Fault
+from .cpu_suites import SUITES
 
 PACKAGE = Path(fused_attention.__file__).parent
 SOURCES = Path(__file__).parents[2] / "csrc"
-SUITE = Path(__file__).parent / "quick_suite.py"
 COMPILER = shutil.which("g++")
 FLAGS = ("-O0", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-fPIC")
 SHARED = ("bindings.cpp", "layer_bindings.cpp", "baseline_double.cpp")
@@ -75,12 +72,9 @@ def build(fault: Fault | None, folder: Path, shared: list[Path]) -> Path:
     return folder
 
 
-def judge(copy: Path) -> str | None:
+def judge(suites: set[str], copy: Path) -> str | None:
     """The first check that fails on a copy, or None."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUITE), str(copy)]
-    verdict: str | None = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)[str(copy)]
-    return verdict
+    return next((verdict for suite in sorted(suites) if (verdict := SUITES[suite](copy)) is not None), None)
 
 
 def verdicts(names: list[str], jobs: int) -> Iterator[tuple[str, str | None, float]]:
@@ -92,7 +86,8 @@ def verdicts(names: list[str], jobs: int) -> Iterator[tuple[str, str | None, flo
         def verdict(name: str) -> tuple[str, str | None, float]:
             started = time.monotonic()
             copy = build(FAULTS.get(name), root / name, shared)
-            return name, judge(copy), time.monotonic() - started
+            suites = {FAULTS[each].suite for each in (names if name == CLEAN else [name])}
+            return name, judge(suites, copy), time.monotonic() - started
 
         for done in as_completed([pool.submit(verdict, name) for name in (CLEAN, *names)]):
             yield done.result()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import fused_attention
-from fused_attention import cpu_backend
+from fused_attention import cpu_backend, plans
 
 NAME = "fused_attention._cpu"
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")
@@ -74,3 +74,4 @@ def set_module(module: ModuleType) -> None:
     sys.modules[NAME] = module
     vars(fused_attention)["_cpu"] = module  # where `from . import _cpu` looks first
     cpu_backend._module.cache_clear()
+    plans.forget()  # calls that come again are prepared with kernels of the module before
