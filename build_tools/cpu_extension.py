@@ -20,7 +20,7 @@ from typing import NamedTuple
 from setuptools import Extension
 from setuptools.errors import CompileError
 
-from build_tools.ninja import command, include_flags, make, pybind_version
+from build_tools.ninja import command, include_flags, make, place, pybind_version
 
 # No -march: one binary holds a table for each instruction set and picks at load.
 # No -ffast-math: g++ 12 would link crtfastmath, which flushes denormals in the whole process.
@@ -79,6 +79,5 @@ def compile_cpu(
     }
     objects = {f"{Path(source).stem}.o": (source, "compile") for source in sources}
     library = make(folder, rules, objects, "_cpu.so", compiler.version, f"the C++ sources do not compile with {compiler.version}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(library, target)
+    place(library, target)
     return {"compiler": compiler.version, "flags": shlex.join(flags), "pybind11": pybind_version()}

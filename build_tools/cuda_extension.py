@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from glob import glob
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from setuptools import Extension
 
 from build_tools.cpu_extension import find_compiler
 from build_tools.cuda_toolkit import find_toolkit
-from build_tools.ninja import command, include_flags, make, pybind_version
+from build_tools.ninja import command, include_flags, make, place, pybind_version
 from build_tools.switches import switch
 
 # What is compiled for sm_80 also runs on 86, 87 and 89, and its PTX on whatever comes later.
@@ -71,8 +70,7 @@ def compile_cuda(sources: list[str], target: Path, folder: Path) -> dict[str, st
     unseen = (f"{name}={os.environ.get(name, '')}" for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"))
     compilers = "\n".join((toolkit.build, compiler.version, *unseen))
     library = make(folder, rules, objects, "_cuda.so", compilers, f"the CUDA sources do not compile with {version} and {compiler.version}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(library, target)
+    place(library, target)
     return {
         "compiler": f"{version}, {compiler.version}",
         "architectures": architectures,

@@ -1,9 +1,10 @@
-"""What the builds of the compiled parts share: pybind11's headers behind a link, and ninja, run on one file of rules."""
+"""What the builds of the compiled parts share: pybind11's headers behind a link, ninja on one file of rules, its result put in place."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -72,3 +73,14 @@ def make(folder: Path, rules: Rules, objects: dict[str, tuple[str, str]], target
         errors = [line for line in made.stdout.splitlines() if "error" in line] or made.stdout.splitlines()[-1:]
         raise CompileError(f"{failure}: {errors[0] if errors else 'ninja says nothing'}")
     return folder / target
+
+
+def place(library: Path, target: Path) -> None:
+    """A copy at `target`, as a new file: written over in place, it would end every process that has the old one loaded."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        shutil.copy2(library, new)
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import torch
 
 from fused_attention import cuda_backend
 from fused_attention.backend import KERNELS, choose
+from fused_attention.cache import STRIDE
 from fused_attention.problem import Layout, Problem
 from fused_attention.testing import Case
 from fused_attention.validation import check
@@ -59,6 +60,35 @@ def test_a_grid_has_an_end():
     few, many = Layout((2**16, 2**10, 16, 64), (0, 0, 0, 0)), Layout((2**16, 2**10, 2**14, 64), (0, 0, 0, 0))
     assert f"would have {2**6 * 2 * 2**26} blocks" in str(CUDA.unsupported(problem()._replace(q=few, k=many, v=many)))  # which share keys
     assert refusal(2**30 + 1).endswith(f"computes up to {2**30} rows a head")
+
+
+def test_the_gradient_of_a_bias_is_counted_by_the_places_it_has():
+    """A bias that all members and heads share was once refused for the pairs of all of them."""
+    many = Layout((2**9, 2**7, 2**12, 64), (0, 0, 0, 0))
+
+    def refusal(*shape: int) -> str | None:
+        bias = torch.zeros(1).expand(shape)
+        return CUDA.unsupported(problem()._replace(q=many, k=many, v=many, bias=bias, gradients=frozenset(("q", "bias"))))
+
+    assert refusal(1, 1, 2**12, 2**12) is None
+    assert refusal(2**12, 2**12) is None
+    assert refusal(2**9, 2**7, 1, 2**12) is None
+    assert f"would have {2**16 * 2**7 * 2**8} blocks" in str(refusal(2**9, 2**7, 2**12, 2**12))
+
+
+def test_what_a_call_is_shown_changes_no_part_up_to_32768_keys():
+    """A cache shows its members as many keys as the longest has, in steps of 256: alone a member had once another kernel."""
+
+    def part(keys: int, queries: int = 1) -> tuple[int, int] | None:
+        few, shown = Layout((1, 1, queries, 64), (0, 0, 0, 0)), Layout((1, 1, keys, 64), (0, 0, 0, 0))
+        made = problem()._replace(q=few, k=shown, v=shown)
+        return cuda_backend._splits(made) if cuda_backend._is_split(made) else None
+
+    assert {part(keys) for keys in range(STRIDE, 32768 + 1, STRIDE)} == {(256, count) for count in range(1, 129)}
+    assert part(16 * STRIDE, cuda_backend.FEW_QUERIES) == (256, 16)
+    assert part(32769) == (512, 65)
+    assert part(2**20) == (2**13, 128)
+    assert part(STRIDE - 1) is part(STRIDE, cuda_backend.FEW_QUERIES + 1) is None
 
 
 @pytest.mark.parametrize(

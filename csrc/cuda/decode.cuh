@@ -5,7 +5,7 @@
 //
 // The rows of a tile are the queries of all heads that read a kv head, whose keys are so read once. A warp has keys of
 // its own, every WARPS-th sixteen of a split, and waits for no other until they are done. Which keys they are follows
-// from their number alone: a member has the same bits in any batch.
+// from split_keys and their number: a member has the same bits in any batch with splits as long, for empty ones add 0.
 // Source: Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference", 2023.
 #pragma once
 

@@ -2,11 +2,20 @@
 
 The compiled module takes addresses, strides and a stream, so that it needs no torch to build; it copies no tensor, allocates nothing
 and waits for nothing. The kernels are proved on the CPU and have not yet run on a GPU.
+
+What they do less well than they should:
+- A product of float32 is three of TF32 whatever `torch.backends.cuda.matmul.fp32_precision` allows, all added to one running sum that each
+  of them rounds. A value beyond 3.4019e38 becomes NaN, for its leading bits round up to infinity.
+- Where blocks share the keys of few queries, parts are weighed by exp(lse of a part - lse), of which float32 keeps less the larger they
+  are: of scores of 1e4 an output is off by up to 1e-3 of itself, of 1e6 by some percent, and beyond 1e7 it may be several times too large.
+- The gradient of a bias has one block for each tile of its own size, which visits all that share it: a bias with one row for all
+  queries, heads and members keeps few blocks busy, and one with a single place a single one.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 
 import torch
@@ -84,8 +93,16 @@ class CudaBackend:
 
 
 def run_split(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem, pages: tuple[int, ...] = NO_PAGES) -> None:
-    """Few queries, whose keys blocks share: how many each reads follows from the lengths of a member alone.
+    """Few queries, whose keys blocks share; a part of them is FEWEST_SPLIT_KEYS of the keys that the call is shown, up to 32768 of these.
 
+    Shown are the rows of k: of a cache as many as its longest member holds, rounded up to 256 if the capacity allows, of pages to whole
+    ones. Up to 32768 the bits of a member are therefore its own, whoever is beside it. Beyond, a part doubles whenever there would be more
+    than MOST_SPLITS, and a member beside a much longer one may differ in bits from itself alone; both are in bounds. Fewer than 256 rows of
+    k outside of pages are no call of this kind: one block has all keys of a tile, and sums in another order.
+
+    It allocates 4 (head_dim_v + 1) bytes for each part of each row, of keys shown / 256 parts, or 65 to 128 beyond 32768, however short the
+    members are: for batch 256, 32 heads, a query and 32768 keys shown of head_dim 128, half a gigabyte, beside 32 of keys and values of
+    8 kv_heads.
     pages: the address of a page table, the stride of its rows, how many pages there are, and the keys of each.
     """
     split_keys, splits = _splits(problem)
@@ -96,8 +113,8 @@ def run_split(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem
 
 
 def _is_split(problem: Problem) -> bool:
-    """Whether blocks share the keys."""
-    return problem.seqlen_q <= FEW_QUERIES and problem.seqlen_k > FEWEST_SPLIT_KEYS and not problem.packed and not problem.dropout_p
+    """Whether blocks share the keys: also where one has them all, as long as a longer member of a cache would give it a second part."""
+    return problem.seqlen_q <= FEW_QUERIES and problem.seqlen_k >= FEWEST_SPLIT_KEYS and not problem.packed and not problem.dropout_p
 
 
 def _splits(problem: Problem) -> tuple[int, int]:
@@ -163,8 +180,15 @@ def _blocks(problem: Problem) -> int:
     if not problem.gradients:
         return blocks
     keys = tiles(problem.seqlen_k, SMALLEST_TILE) * problem.kv_heads * PARTS
-    pairs = blocks * (problem.seqlen_k // FEWEST_KEYS + 1) if "bias" in problem.gradients else 0
+    pairs = 0 if problem.bias is None or "bias" not in problem.gradients else _bias_blocks(problem.bias, problem)
     return max(blocks, keys, pairs, tiles(problem.seqlen_q, DELTA_ROWS) * problem.heads)
+
+
+def _bias_blocks(bias: Tensor, problem: Problem) -> int:
+    """For the gradient of a bias: one for each tile of it, and one for all that a dimension of size 1 stands for."""
+    tiles = (problem.batch, problem.heads, -(-problem.seqlen_q // SMALLEST_TILE), -(-problem.seqlen_k // FEWEST_KEYS))
+    shape = tuple(bias.shape)
+    return math.prod(count for size, count in zip((1,) * (4 - len(shape)) + shape, tiles, strict=True) if size != 1)
 
 
 def _unserved(problem: Problem) -> str | None:

@@ -32,7 +32,7 @@ record = Record(Path(os.environ["GPU_RUN_RECORD"]) if "GPU_RUN_RECORD" in os.env
 
 @pytest.fixture(scope="session")
 def machine() -> Target:
-    """Where to run; without a GPU the test is skipped."""
+    """Where to run; without a GPU, or a compiler for the kernels to judge, the test is skipped; where they do not compile it fails."""
     found = target()
     if found is None:
         pytest.skip("torch sees no GPU here; make gpu runs this where it does")

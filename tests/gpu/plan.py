@@ -51,7 +51,7 @@ TESTS = (
     _tests("tiles", "real tiles against float64", 3),
     _tests("matrix", "every case against float64", 12),
 )
-OF_CUDA_TOO = {"streams": 1, "repeats": 1, "margins": 1, "tiles": 2, "matrix": 4}  # in so many processes
+OF_CUDA_TOO = {"sanitizer": 3, "streams": 1, "caches": 1, "repeats": 1, "margins": 1, "tiles": 2, "matrix": 4}  # in so many processes
 # Processes begin in this order, as cores become free; the matrix takes whatever the others leave.
 STEPS = (
     MACHINE,

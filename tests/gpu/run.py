@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(WORK / leftover, ignore_errors=True)
         (WORK / leftover).mkdir(parents=True)
     for library in (WORK / "cuda").glob("_cuda.*.so"):
-        library.unlink()  # of other sources, or another GPU
+        library.unlink()  # of other sources, another compiler or another GPU
     site = _link_sources()
     environment = _environment(site, args.rehearse)
     seconds: dict[str, float] = {}

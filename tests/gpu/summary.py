@@ -101,7 +101,10 @@ def printed(results: list[StepResult], machine: dict[str, Any]) -> str:
         lines.append(f"and {len(failures) - MOST_FAILURES} more failures, all in the JSON")
     lines += [f"{result.name}: skipped {count}: {reason}" for result in results for reason, count in result.skipped.items()]
     wrong = [result.name for result in results if result.wrong]
-    return "\n".join([*lines, f"wrong: {', '.join(wrong)}" if wrong else "every step held"])
+    unjudged = [result.name for result in results if not (result.passed or result.wrong)]
+    if unjudged:
+        lines.append(f"nothing was judged by: {', '.join(unjudged)}")
+    return "\n".join([*lines, f"wrong: {', '.join(wrong)}" if wrong else "every step held" if not unjudged else "every other step held"])
 
 
 def described(machine: dict[str, Any]) -> str:

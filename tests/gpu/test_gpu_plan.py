@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attention.testing import Case
+from fused_attention.testing import Case, Inputs
 
-from . import conftest, jobs, plan, summary
+from . import conftest, jobs, plan, sanitized, summary, test_gpu_sanitizer
 from .margins import Margins
+from .target import Target
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,7 +38,39 @@ def test_the_cuda_kernels_stand_the_tests_that_fit_them() -> None:
     assert of_cuda["cuda"] == "tests/gpu/test_gpu_cuda.py"
     assert {f"cuda-{name}" for name in plan.OF_CUDA_TOO} | {"cuda"} == set(of_cuda)
     assert of_cuda["cuda-matrix"] == "tests/gpu/test_gpu_matrix.py"
+    # Which alone read pages, and watch what a kernel reads and where its threads wait.
+    assert of_cuda["cuda-caches"] == "tests/gpu/test_gpu_caches.py"
+    assert of_cuda["cuda-sanitizer"] == "tests/gpu/test_gpu_sanitizer.py"
     assert plan.STEPS[-2].name == "matrix", "it takes whatever time the others leave"
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_compute_sanitizer_watches_the_backend_that_is_judged(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once watched Triton's kernels alone."""
+    commands = []
+
+    def watched(tool: str, *arguments: str, seconds: int) -> subprocess.CompletedProcess[str]:
+        commands.append(arguments)
+        return subprocess.CompletedProcess(arguments, 0, f"0.0\nproblems ran\n{test_gpu_sanitizer.CLEAN[tool]}", "")
+
+    monkeypatch.setattr(test_gpu_sanitizer, "watched", watched)
+    test_gpu_sanitizer.test_the_tool_has_nothing_to_say("memcheck", Target(torch.device("cuda", 0), backend, rehearsed=False))
+    assert commands[-1] == (str(test_gpu_sanitizer.SCRIPT), "cuda", backend)
+
+
+def test_what_is_watched_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pages, keys that blocks share and several tiles, in types of 16 and of 32 bits."""
+    ran = []
+    monkeypatch.setattr(
+        Inputs, "run", lambda inputs, backend: ran.append((inputs.q.dtype, *inputs.q.shape[2:], inputs.k.shape[2], backend))
+    )
+    monkeypatch.setattr(sanitized, "attention_with_cache", lambda q, cache, backend: ran.append((q.dtype, cache.page_size, backend)))
+    sanitized.main("cpu", "cuda")
+    assert f"{len(ran)} problems ran" in capsys.readouterr().out
+    for dtype in (torch.bfloat16, torch.float32):
+        assert {(dtype, size, "cuda") for size in sanitized.PAGE_SIZES} <= set(ran)
+        assert {(dtype, 131, 64, 195, "cuda"), (dtype, 3, 128, 520, "cuda")} <= set(ran)
+    assert len(sanitized.NAMES) * 2 + len(sanitized.LARGER) * 2 + len(sanitized.PAGE_SIZES) * 2 == len(ran)
 
 
 def test_a_refusal_that_is_meant_is_no_failure() -> None:
@@ -169,6 +202,16 @@ def test_a_step_that_did_nothing_is_wrong(tmp_path: Path) -> None:
     assert left_out.wrong
     good = summary.result_of(plan.Step("matrix", "every case", ("-c", ""), 10), written(tmp_path, ended("one", "passed")), 1.0)
     assert summary.printed([good], MACHINE).endswith("every step held")
+
+
+def test_a_step_whose_tests_were_all_skipped_judged_nothing(tmp_path: Path) -> None:
+    """It once read as one that held."""
+    step = plan.Step("cuda-matrix", "every case", ("-c", ""), 10)
+    idle = summary.result_of(step, written(tmp_path, ended("one", "skipped", "nvcc was not found"), step.name), 1.0)
+    text = summary.printed([idle], MACHINE)
+    assert not idle.wrong
+    assert "nothing was judged by: cuda-matrix" in text
+    assert not text.endswith("every step held")
 
 
 def test_results_lie_in_a_folder_of_the_machine() -> None:

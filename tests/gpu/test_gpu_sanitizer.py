@@ -41,7 +41,7 @@ def test_the_tool_has_nothing_to_say(tool: str, gpu: Target) -> None:
     if probe.returncode or "0.0" not in probe.stdout:
         lines = [line for line in (probe.stdout + probe.stderr).splitlines() if line.startswith("=========") and len(line) > 12]
         pytest.skip(f"{tool} does not work on this machine: {' '.join(lines[:2]) or f'exit status {probe.returncode}'}")
-    run = watched(tool, str(SCRIPT), seconds=RUN_SECONDS)
+    run = watched(tool, str(SCRIPT), "cuda", gpu.backend, seconds=RUN_SECONDS)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output[-3000:]
     assert "problems ran" in output

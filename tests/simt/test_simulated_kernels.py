@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fused_attention import attention_with_lse
+from fused_attention import KVCache, attention_with_cache, attention_with_lse
 from fused_attention.testing import Case, check
 
 from .problems import (
@@ -97,6 +97,21 @@ def test_a_member_has_its_bits_alone_where_blocks_share_the_keys(simulation):
     together, own = inputs.run("cuda", backward=False), {name: getattr(inputs, name)[1:] for name in ("q", "k", "v")}
     for name, tensor in inputs.changed(**own).run("cuda", backward=False).items():
         assert torch.equal(together[name][1:], tensor), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_member_of_a_cache_has_its_bits_alone(simulation, dtype):
+    """A longer member lets all be shown more keys; alone a short one was once computed by another kernel."""
+    x = torch.randn(2, 2, 520, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    q = x[:, :, 3:5].repeat(1, 2, 1, 1)
+
+    def output(members: slice, lengths: list[int]) -> torch.Tensor:
+        cache = KVCache(len(lengths), 600, 2, 64, dtype=dtype)
+        rows = max(lengths)
+        cache.append(x[members, :, :rows], x[members, :, :rows].flip(3), new_lengths=torch.tensor(lengths))
+        return attention_with_cache(q[members], cache, causal=True, backend="cuda")
+
+    assert torch.equal(output(slice(0, 1), [250]), output(slice(0, 2), [250, 520])[:1])
 
 
 def test_a_key_that_is_not_a_number_reaches_the_gradients_of_what_its_rows_see(simulation):
