@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.text import Text
 from .contenders import contenders
 from .environment import stamp
 from .goals import goals, of_modules
-from .goals_judged import judge
+from .goals_judged import Judged, judge
 from .goals_judged import table as goal_table
 from .goals_narrow import ISA, judge_narrow
 from .measure import Row, measure
@@ -35,6 +36,7 @@ from .workloads import DTYPES, QUICK, WORKLOADS, Kind, Workload
 OUTPUT_FOLDER = Path("benchmarks-out")
 STEPS, QUICK_STEPS = 300, 30
 GOAL_RUNS = 3
+NOT_OF_GOALS, OF_GOALS = ("workload", "dtype", "plot", "no_train", "no_plot", "seed"), ("runs",)  # arguments that would be ignored
 NARROW_ROWS = ("gpt2-small",)  # also timed in bf16 when no --dtype is given
 REPORT_WIDTH = 110  # of a table that goes to a file or a pipe
 
@@ -62,20 +64,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu",), help="race each class of calls of this device's backend against its goals instead")
     parser.add_argument("--preset", choices=("modules",), help="with the goals, those of the layers and modules alone")
     parser.add_argument("--runs", type=_positive, metavar="N", help="of the goals, whose medians count (default 3, and 1 with --quick)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs, weights and batches (default 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help=f"of inputs, weights and batches (default {SEED}, and always with the goals)")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected a number of threads of at least 1")
+        raise argparse.ArgumentTypeError(f"got {value}, expected an int of at least 1")
     return value
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the plan; 0 if every gate held, 1 if one did not, 2 if an output file is in the way."""
+    """Runs the plan; 0 if every gate held, 1 if one did not, 2 if an output file is in the way or an argument would be ignored."""
     console = Console(soft_wrap=False)
     console = console if console.is_terminal else Console(width=REPORT_WIDTH)
+    of_goals = args.device is not None or args.preset is not None
+    idle = [f"--{name.replace('_', '-')}" for name in (NOT_OF_GOALS if of_goals else OF_GOALS) if getattr(args, name) not in (None, False)]
+    if idle:
+        beside = "the goals (--device, --preset) have no use for it" if of_goals else "only the goals have a use for it: add --device cpu"
+        console.print(Text(f"{idle[0]} is given, and {beside}", style="red"))
+        return 2
     paths = _paths(args)
     taken = [path for path in paths if path.exists()]
     if taken:
@@ -86,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         protocol = replace(protocol, least_rounds=3, budget=0.3)
     with _threads(args.threads):
-        if args.device is not None or args.preset is not None:
+        if of_goals:
             runs = args.runs or (1 if args.quick else GOAL_RUNS)
             return _race(args.preset, runs, console, replace(protocol, budget=protocol.budget / runs), malloc, paths[0])
         return _run(args, console, protocol, malloc, *paths)
@@ -99,39 +107,46 @@ def _race(preset: str | None, runs: int, console: Console, protocol: Protocol, m
     header(console, environment)
     chosen = [goal for goal in goals() if preset is None or of_modules(goal)]
     with _progress(console) as bar:
-        task = bar.add_task("goals", total=len(chosen) * runs + (preset is None))
+        task = bar.add_task("goals", total=len(chosen) * runs)
 
         def say(title: str) -> None:
             bar.update(task, description=title, advance=1)
             bar.refresh()
 
-        results, left_out = judge(chosen, protocol, runs, say)
-        if preset is None:
-            say(f"the {ISA} kernels")
-            narrow = judge_narrow(runs, protocol)
-            results, left_out = results + narrow.results, left_out | narrow.left_out
-    console.print(goal_table(results))
-    _print_lines(console, [f"left out: {title}: {reason}" for title, reason in left_out.items()])
-    write_json(json_path, {"environment": environment, "goals": [result.as_json() for result in results], "left_out": left_out})
-    missed = sum(not result.met for result in results)
-    console.print(Text(f"JSON: {json_path}"))
-    console.print(Text(f"{len(results) - missed} of {len(results)} goals met, {runs} runs", style="bold red" if missed else "bold green"))
+        found = judge(chosen, protocol, runs, say)
+    _keep(found, found, console, environment, json_path)
+    if preset is None:
+        console.print(Text(f"Now the {ISA} kernels, in a process of their own."))
+        narrow = judge_narrow(runs, protocol)
+        found = Judged(found.results + narrow.results, found.left_out | narrow.left_out)
+        _keep(found, narrow, console, environment, json_path)
+    missed, judged = sum(not result.met for result in found.results), len(found.results)
+    console.print(Text(f"{judged - missed} of {judged} goals met, {runs} runs", style="bold red" if missed else "bold green"))
     return 1 if missed else 0
 
 
+def _keep(found: Judged, new: Judged, console: Console, environment: dict[str, Any], json_path: Path) -> None:
+    """All that was found, in a file, before anything else can fail; shown is only what is new."""
+    content = {"environment": environment, "goals": [result.as_json() for result in found.results], "left_out": found.left_out}
+    write_json(json_path, content)
+    console.print(goal_table(new.results))
+    _print_lines(console, [f"left out: {title}: {reason}" for title, reason in new.left_out.items()])
+    console.print(Text(f"JSON: {json_path}"))
+
+
 def _run(args: argparse.Namespace, console: Console, protocol: Protocol, malloc: str, json_path: Path, plot_path: Path) -> int:
-    start = time.perf_counter()
+    start, seed = time.perf_counter(), SEED if args.seed is None else args.seed
     items = plan(args.workload, args.dtype, quick=args.quick)
     lengths = () if args.no_plot else QUICK_LENGTHS if args.quick else LENGTHS
     steps = 0 if args.no_train else QUICK_STEPS if args.quick else STEPS
-    environment = stamp(protocol, malloc, args.seed)
+    environment = stamp(protocol, malloc, seed)
     dtypes = dict.fromkeys([item.dtype for item in items] + (["fp32"] if lengths else []))
     environment["best_gemm"] = {dtype: best_gemm(DTYPES[dtype], protocol) for dtype in dtypes}
     header(console, environment)
     with _progress(console) as bar:
-        rows = _measure(items, protocol, args.seed, bar)
-        swept = _sweep(lengths, protocol, args.seed, bar)
-        training = _train(steps, protocol, args.seed, bar)
+        rows = _measure(items, protocol, seed, bar)
+        swept = _sweep(lengths, protocol, seed, bar)
+        training = _train(steps, protocol, seed, bar)
     console.print()
     console.print(table(rows, environment))
     console.print()

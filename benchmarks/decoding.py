@@ -2,7 +2,7 @@
 
 bytes of a token = those of the weights + of the keys and values before it        a memory alone would make its time
 
-`rows` is what goals.py can list: a title, a race, and how many times faster than each rival ours must be.
+`rows` is what goals.py lists: a title, a race, and how many times faster than each rival ours must be.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from . import decoding
 from .library_races import FLEX, ONNXRUNTIME, flex_race, onnxruntime_race
-from .races import PEAK, Race, attention_race, checks_race, layer_race, module_race, option_race, packed_race, train_race
+from .races import PEAK, Race, attention_race, layer_race, module_race, option_race, packed_race, plan_race, train_race
 from .workloads import Direction, Workload, attention_flops
 
 SDPA, NAIVE, TORCH_NN, CAREFUL = "torch SDPA", "naive", "torch.nn", "SDPA + F.linear"
@@ -75,6 +76,8 @@ def goals(shrink: int = 1) -> Iterator[Goal]:
     yield _attention("bf16 decode", DECODE_GROUPS, shrink, {SDPA: 20.0, NAIVE: 1.5}, {SDPA: 50.0})
     yield _attention("fp32 decode", DECODE, shrink, {SDPA: 1.6}, {SDPA: 2.3})
     yield _attention("fp32 decode", DECODE_GROUPS, shrink, {SDPA: 3.0}, {SDPA: 8.0})
+    for row in decoding.rows(shrink):
+        yield Goal(*row)
     packed = {"padded, with a mask": 4.0, "one by one": 2.2}
     lengths = tuple(length // shrink for length in LENGTHS)
     for dtype in ("fp32", "bf16"):
@@ -96,7 +99,7 @@ def goals(shrink: int = 1) -> Iterator[Goal]:
         race = _shrunk(FULL[1], shrink)
         yield Goal(f"fp32 {name}, a visible pair", lambda race=race, name=name: option_race(race, name), {"ours, plain": 0.8}, {})
     yield _attention("fp32 forward", TINY, 1, {SDPA: 1.2}, {SDPA: 1.5}, calls=100)
-    yield Goal(f"checks and dispatch, {CALLS} calls", partial(checks_race, TINY, ALLOWED, ALLOWED_SECONDS, CALLS), {ALLOWED: 1.0}, {})
+    yield Goal(f"plan found, listeners asked, {CALLS} calls", partial(plan_race, TINY, ALLOWED, ALLOWED_SECONDS, CALLS), {ALLOWED: 1.0}, {})
 
 
 def narrow_goals(shrink: int = 1) -> Iterator[Goal]:

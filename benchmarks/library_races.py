@@ -1,12 +1,16 @@
 """Races beside libraries that not every machine has: flex_attention, which has to be compiled, and onnxruntime.
 
-q, k, v of one workload, fp32, no gradients          NotImplementedError with a sentence where the library is missing or refuses
+q, k, v of one workload, fp32, no gradients
+
+Nothing is timed before it is judged. NotImplementedError with a sentence where the library is missing, refuses or is wrong; a
+RuntimeError where ours is wrong.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,25 +20,31 @@ from torch import Tensor
 from fused_attention import attention
 
 from .contenders import OURS, ours
+from .gate import AttentionGate
 from .races import SEED, Race
-from .rivals import flex
-from .workloads import Workload, attention_inputs
+from .rivals import compiled_flex, flex
+from .workloads import AttentionInputs, Workload, attention_inputs
 
 FLEX, ONNXRUNTIME = "flex_attention", "onnxruntime"
 OPSET, IR_VERSION = 17, 8  # of the model: whatever onnxruntime reads them
 
 
-@functools.cache  # to compile takes half a minute
 def flex_race(workload: Workload, *, compiled: bool = True) -> Race:
     """Beside flex_attention, with a block mask where the call is causal."""
-    inputs = attention_inputs(replace(workload, backward=False), torch.float32, SEED)  # on CPUs it has none
-    theirs = flex(inputs, compiled=compiled).forward
+    inputs = _inputs(workload)
+    theirs = flex(inputs, _compiled() if compiled else None, compiled=False).forward
     try:
         with torch.no_grad():
             theirs()
     except RuntimeError as error:  # of a compiler that is missing or fails
         raise NotImplementedError(f"flex_attention does not compile here: {str(error).splitlines()[0]}") from error
-    return Race({OURS: ours(inputs).forward, FLEX: theirs})
+    return _judged(inputs, ours(inputs).forward, FLEX, theirs)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """Once for all runs: a workload takes it half a minute."""
+    return compiled_flex()
 
 
 def onnxruntime_race(workload: Workload) -> Race:
@@ -43,7 +53,7 @@ def onnxruntime_race(workload: Workload) -> Race:
         runtime, onnx = (importlib.import_module(name) for name in ("onnxruntime", "onnx"))
     except ImportError as error:
         raise NotImplementedError(f"{error}: `pip install onnxruntime onnx` to race beside it") from error
-    inputs = attention_inputs(workload, torch.float32, SEED)
+    inputs = _inputs(workload)
     rows = {name: x.detach().transpose(1, 2).contiguous() for name, x in zip("qkv", (inputs.q, inputs.k, inputs.v), strict=True)}
     q, k, v = (x.transpose(1, 2) for x in rows.values())
     out = torch.empty_like(rows["q"])
@@ -60,7 +70,22 @@ def onnxruntime_race(workload: Workload) -> Race:
         session.run_with_iobinding(binding)
         return out.transpose(1, 2)
 
-    return Race({OURS: lambda: attention(q, k, v, causal=workload.causal), ONNXRUNTIME: theirs})
+    return _judged(inputs, lambda: attention(q, k, v, causal=workload.causal), ONNXRUNTIME, theirs)
+
+
+def _inputs(workload: Workload) -> AttentionInputs:
+    return attention_inputs(replace(workload, backward=False), torch.float32, SEED)  # on CPUs flex_attention has none
+
+
+def _judged(inputs: AttentionInputs, our_call: Callable[[], Tensor], library: str, theirs: Callable[[], Tensor]) -> Race:
+    gate = AttentionGate(inputs)
+    with torch.no_grad():
+        wrong, their_wrong = (gate.judge({"out": call()}, bounded=call is our_call)["forward"].failure for call in (our_call, theirs))
+    if wrong is not None:
+        raise RuntimeError(f"ours is wrong beside {library}: {wrong}")
+    if their_wrong is not None:
+        raise NotImplementedError(f"{library} is wrong here: {their_wrong}")
+    return Race({OURS: our_call, library: theirs})
 
 
 def _model(onnx: Any, workload: Workload) -> bytes:

@@ -161,17 +161,20 @@ def option_race(workload: Workload, name: str) -> Race:
     return Race(calls, ours=name, weights={name: 1.0 / seen, plain: 1.0})
 
 
-def checks_race(workload: Workload, allowed: str, seconds: float, calls: int) -> Race:
-    """What a call waits for before a backend computes, its checks and its dispatch, against the seconds it may take."""
+def plan_race(workload: Workload, allowed: str, seconds: float, calls: int) -> Race:
+    """Two steps of a call like an earlier one: to find its plan, and to ask who listens. The seconds they may take stand for a rival.
+
+    The whole of what a call costs the host is what host_path.py prints.
+    """
     inputs = attention_inputs(workload, torch.float32, SEED)
     q, k, v = (tensor.detach() for tensor in (inputs.q, inputs.k, inputs.v))
 
-    def checks() -> None:
+    def steps() -> None:
         for _ in range(calls):
             plan(q, k, v, {}, None)
             unheard(q, k, v)
 
-    return Race({OURS: checks}, allowed={allowed: seconds * calls})
+    return Race({OURS: steps}, allowed={allowed: seconds * calls})
 
 
 def _window_share(seqlen: int, left: int) -> float:

@@ -76,16 +76,26 @@ def _sdpa_of_nested(inputs: AttentionInputs, backend: SDPBackend | None) -> Run:
     return Run(forward=_on(backend, forward), leaves=inputs.leaves, dout=inputs.dout)
 
 
-def flex(inputs: AttentionInputs, *, compiled: bool = True) -> Run:
-    """flex_attention with a block mask, which skips what is hidden; uncompiled it only shows that the formulation is right."""
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    function: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    return function
+
+
+def flex(inputs: AttentionInputs, function: Callable[..., Any] | None = None, *, compiled: bool = True) -> Run:
+    """flex_attention with a block mask, which skips what is hidden; uncompiled it only shows that the formulation is right.
+
+    function: a compiled_flex that few workloads share, instead of one that is made here.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     workload = inputs.workload
-    function: Callable[..., Any] = flex_attention
-    if compiled:
+    if function is None and compiled:
         # Each workload compiles anew: torch gives up, and goes uncompiled, once one function has been compiled for a few shapes.
         torch._dynamo.reset()
-        function = torch.compile(flex_attention, dynamic=False)
+        function = compiled_flex()
+    function = function or flex_attention
     hides = workload.causal or workload.window is not None or workload.kv_lengths is not None or workload.lengths is not None
     block_mask = None
     if hides and workload.seqlen_q > 1:

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,36 @@ def test_only_what_is_right_is_timed() -> None:
     assert cell_facts["wrong"] == ["unsteady", "wrong"]
     pairs = 48 * 49 // 2 * 2
     assert cell_facts["tflops"]["right"] == pytest.approx(4 * 16 * pairs / timed["right"] / 1e9)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_variant_that_loses_the_device_ends_the_process(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it is told of: else all that follow are refused for its error."""
+
+    def synchronize(device: torch.device) -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(race.os, "_exit", ended)
+    monkeypatch.setattr(race, "AttentionGate", lambda inputs: None)
+    there = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(race, "attention_inputs", lambda *_: there)
+    monkeypatch.setattr(race, "RIVALS", {})
+    said: list[dict[str, Any]] = []
+    if not lost:
+        race.race(SMALL, {"refusing": refusing}, ONCE, said.append)
+        assert {"checked": "refusing", "reason": "NotImplementedError: not on a CPU", "share": None} in said
+        return
+    with pytest.raises(SystemExit, match=str(race.DEVICE_LOST)):
+        race.race(SMALL, {"refusing": refusing}, ONCE, said.append)
+    assert said == [{"began": "refusing"}]
+    assert capsys.readouterr().err == "NotImplementedError: not on a CPU\n"
 
 
 CHILD = """

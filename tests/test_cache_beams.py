@@ -49,10 +49,25 @@ def test_beams_stand_nowhere(options):
     inputs = CASE.make()
     cache, q = memory("contiguous", inputs, None), inputs.q[:, :, :1].repeat_interleave(2, 0)
     given = {"k": inputs.k[:, :, :1], "v": inputs.v[:, :, :1]} if "k" in options else options
-    with pytest.raises(ValueError, match=r"q has shape \(4, 4, 1, 16\), expected \(2, a multiple of kv_heads 2"):
+    expected = rf"q has shape \(4, 4, 1, 16\), expected \(2, a multiple of kv_heads 2, .* is for calls without {next(iter(options))}$"
+    with pytest.raises(ValueError, match=expected):
         attention_with_cache(q, cache, **given)
-    with pytest.raises(ValueError, match=r"q has shape \(3, 4, 1, 16\), expected \(2,"):
+
+
+def test_a_batch_of_no_beams_is_told_what_would_be():
+    inputs = CASE.make()
+    cache, q = memory("contiguous", inputs, None), inputs.q.repeat_interleave(2, 0)
+    with pytest.raises(ValueError, match=r"q has shape \(3, 4, 6, 16\), expected \(2, .*; or a multiple of 2 in place of it, beams"):
         attention_with_cache(q[:3], cache)
+    with pytest.raises(ValueError, match=r"expected \(2, a multiple of kv_heads 2, seqlen_q, head_dim 16\) as the cache was made for$"):
+        attention_with_cache(inputs.q[..., :8], cache)  # beams are no matter
+
+
+@pytest.mark.parametrize("window", [(None, None), [None, None]])
+def test_a_window_that_hides_nothing_counts_no_positions(window):
+    inputs = CASE.make()
+    cache, q = memory("contiguous", inputs, None), inputs.q.repeat_interleave(2, 0)
+    assert torch.equal(attention_with_cache(q, cache, window=window), attention_with_cache(q, cache))
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "pages of 5"])

@@ -45,6 +45,7 @@ CALLS = {
     "padding is a list, expected an int32 or int64 tensor (2,)": lambda c: c.pad_left([1, 2]),
     "q has shape (2, 3, 3, 8), expected (2, a multiple of kv_heads 2, seqlen_q, head_dim 8)": lambda c: attention_with_cache(Q[:, :3], c),
     "q has shape (1, 4, 3, 8), expected (2,": lambda c: attention_with_cache(Q[:1], c),
+    "q has shape (), expected (2, a multiple of kv_heads 2": lambda c: attention_with_cache(torch.tensor(1.0), c),
     "q is torch.float64, the cache torch.float32": lambda c: attention_with_cache(Q.double(), c),
     "q requires a gradient, and caches are for inference: call": lambda c: attention_with_cache(Q.clone().requires_grad_(), c),
     "sinks requires a gradient, and caches": lambda c: attention_with_cache(Q, c, sinks=torch.ones(4, requires_grad=True)),

@@ -84,7 +84,7 @@ def test_pages_are_read_where_they_lie_with_the_bits_of_contiguous_keys(size, dt
 @pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 def test_many_queries_and_whoever_listens_copy_the_pages(copies):
     cache, x = PagedKVCache(1, 10, 1, 16), torch.randn(1, 1, 30, 16)
-    assert "30 x 1 queries of a key head" in str(explain(x, cache, k=x, v=x, causal=True))
+    assert "copied first, for 30 x 1 queries of a key head are more than the cpu" in str(explain(x, cache, k=x, v=x, causal=True))
     attention_with_cache(x, cache, k=x, v=x, causal=True)
     assert len(copies) == 1
     plain = attention_with_cache(x[:, :, :1], cache)
@@ -92,7 +92,7 @@ def test_many_queries_and_whoever_listens_copy_the_pages(copies):
     assert str(explain(x[:, :, :1], cache)).endswith("pages: read where they lie")
     assert "for the torch backend reads keys in a row" in str(explain(x[:, :, :1], cache, backend="torch"))
     with torch.autograd.profiler.profile() as heard:
-        assert explain(x[:, :, :1], cache).copied is not None
+        assert explain(x[:, :, :1], cache).copied == "somebody listens to the call: a compiler, a profiler, a transform or a mode"
         assert torch.equal(attention_with_cache(x[:, :, :1], cache), plain)
     assert any("fused_attention::forward" in event.name for event in heard.function_events)
 
@@ -100,5 +100,7 @@ def test_many_queries_and_whoever_listens_copy_the_pages(copies):
 def test_rows_of_no_whole_vectors_are_copied(copies):
     cache, x = PagedKVCache(1, 3, 1, 9), torch.randn(1, 1, 1, 9)
     cache.append(x, x)
-    torch.testing.assert_close(attention_with_cache(x, cache), x)
+    torch.testing.assert_close(attention_with_cache(x, cache, backend="cpu"), x)
     assert len(copies) == 1
+    expected = "head_dim 9 and head_dim_v 9 do not suit the cpu backend's kernel for pages"
+    assert explain(x, cache, backend="cpu").copied == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention import call_facts
+from fused_attention import attention, call_facts
 from fused_attention.backend import KERNELS
 from fused_attention.call_facts import _nothing, _reader, facts, listed
 
@@ -84,6 +85,32 @@ def test_what_is_too_much_for_the_compiled_reader():
     for _ in range(200_000):
         deep = (deep,)
     assert _reader()(deep) is None
+
+
+def nested(depth: int) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = ()
+    for _ in range(depth):
+        found = (found,)
+    return found
+
+
+def test_what_is_nested_too_deep_is_left_to_the_checks():
+    """Its key took a recursion that the interpreter refused, with an error of its own."""
+    assert listed(nested(3)) == nested(3)
+    assert listed(nested(5000)) is facts(nested(5000)) is None
+    q = tensor(1, 1, 2, 4)
+    with pytest.raises(TypeError, match="sinks is tuple"):
+        attention(q, q, q, sinks=nested(5000))
+
+
+def test_what_shows_its_memory_in_another_way_is_read_in_python(monkeypatch):
+    """A capsule of another name, as a later version's would be."""
+    name = ctypes.c_char_p(b"dlpack_exchange_api_2")
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    other = type("Other", (), {"__dlpack_c_exchange_api__": new(1, name, None)})
+    monkeypatch.setattr(call_facts, "ORDINARY", frozenset((other,)))
+    assert _reader.__wrapped__() is _nothing
 
 
 def test_what_a_transform_wraps_is_no_matter_for_the_compiled_reader(monkeypatch):

@@ -59,6 +59,7 @@ void* aligned_alloc(size_t alignment, size_t size) { allocations += counting; re
 ALLOCATIONS = """
 import ctypes, torch
 from fused_attention import _cpu
+from fused_attention.cpu_arguments import Arguments
 from fused_attention.cpu_backend import CpuBackend
 from fused_attention.problem import Layout, Problem
 from tests.sanitize.kernel_tables import set_module
@@ -102,6 +103,19 @@ counts = []
 for repeat in range(4):
     backend.forward(q, k, k, problem)
 print("decoding", counts)
+if counts[-1] or not counts[0]:
+    raise SystemExit(1)
+
+# out alone, of so many rows that their lse in float32 is kept and in float64 would not be.
+torch.set_num_threads(1)
+q, k = torch.randn(1, 1, 3 << 19, 8), torch.randn(1, 1, 1, 8)
+problem = Problem(q=Layout.of(q), k=Layout.of(k), v=Layout.of(k), dtype=q.dtype, device=q.device, scale=0.1)
+out = torch.empty_like(q)
+call = Arguments(q, k, k, out, q.new_empty(q.shape[:3]), problem)
+counts, run = [], Counted(_cpu.prepare(call.tensors, call.sizes, call.visible, call.options))
+for repeat in range(3):
+    run(q.data_ptr(), k.data_ptr(), k.data_ptr(), out.data_ptr(), 0, 1)
+print("out alone", counts)
 if counts[-1] or not counts[0]:
     raise SystemExit(1)
 """

@@ -3,8 +3,10 @@
     out = sum_s exp(lse_s - lse) out_s,     lse = log sum_s exp(lse_s)
 
 The queries of all heads that share a key head are packed into the rows of one tile, so that every key is read once. A split holds
-SPLIT keys whatever the batch and however many keys there are: a row's bits depend on its own sequence alone (with sinks, also on whether
-there is more than one split).
+SPLIT keys whatever the batch and however many keys there are: a row's bits depend on its own sequence alone. With sinks they depend also
+on whether there is more than one split, for a single one adds the sink itself, and of several their combination does. That is not the
+sequence's own: it follows from the keys that the call is shown, or from the window if that is narrower; of pages from page_size times the
+columns of the table.
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 

@@ -3,7 +3,9 @@
     key j of member b  ->  slot j % PAGE_SIZE of page table[b, j // PAGE_SIZE]
 
 PAGE_SIZE is a compile-time value, so that no key costs a division; None where a member's keys lie in a row. The table is not trusted: its
-numbers are clamped to the pages there are.
+numbers are clamped to the pages there are. Keys in pages go through the same sums, in the same order, as keys in a row, but where `warps`
+gives the tile others, and with sinks where one of the calls has a single split and the other more (decode.py): slots of a cache end where
+its capacity does, page_size times the columns of a table may go past SPLIT before.
 Source: Kwon et al., "Efficient memory management for large language model serving with PagedAttention", 2023.
 """
 

@@ -9,6 +9,8 @@ Each line on standard output is a fact as JSON, said at once, so that whoever wa
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from .grid import TIMING
 from .variants import FORWARD, GLUON, GRADIENTS, Call, Variant
 
 SEED = 0
+DEVICE_LOST = 3  # exit status: the process can compute nothing any more, a new one may go on
 RIVALS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 Say = Callable[[dict[str, Any]], None]
 
@@ -67,6 +70,7 @@ def judged(
         call = variant(inputs)
         found, again = call(), call()
     except Exception as refusal:  # noqa: BLE001  # a kernel may refuse in any way
+        end_if_lost(inputs.q.device, refusal)
         return None, first_line(refusal), None
     verdict = next(iter(gate.judge(found, bounded=True).values()))
     reason = verdict.failure
@@ -88,6 +92,17 @@ def accepted(inputs: AttentionInputs, backend: SDPBackend) -> tuple[Callable[[],
     except Exception as refusal:  # noqa: BLE001
         return None, first_line(refusal)
     return forward, None
+
+
+def end_if_lost(device: torch.device, error: Exception) -> None:
+    """Ends the process, before it says anything of who failed, where the error lost it the device: all that follow would fail with it."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        print(first_line(error), file=sys.stderr, flush=True)
+        os._exit(DEVICE_LOST)  # an orderly end would wait for the device
 
 
 def first_line(error: Exception) -> str:

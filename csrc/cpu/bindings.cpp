@@ -17,6 +17,18 @@ const AttentionKernels& kernels_for(const AttentionParams& p) {
   return p.q.element == Element::kFloat64 ? *kernels().attention64 : kernels().attention;
 }
 
+// Whatever a call ends with, an arena gives back what it holds beyond the ordinary.
+struct Trimmed {
+  Arena& arena;
+  ~Trimmed() { arena.trim(); }
+};
+
+void* lse_memory(Arena& arena, const AttentionParams& p) {
+  const size_t rows = size_t(p.batch * p.heads * p.seqlen_q);
+  if (p.q.element == Element::kFloat64) return arena.array<double>(rows);
+  return arena.floats(rows);
+}
+
 void forward(const py::tuple& tensors, const py::tuple& sizes, const py::tuple& visible, const py::object& options,
              int threads) {
   const AttentionParams p = attention_params(tensors, sizes, visible, options);
@@ -38,9 +50,9 @@ py::cpp_function prepare(const py::tuple& tensors, const py::tuple& sizes, const
     p.lse = reinterpret_cast<void*>(lse);
     py::gil_scoped_release release;
     static thread_local Arena scratch;
-    if (!lse) p.lse = scratch.array<double>(size_t(p.batch * p.heads * p.seqlen_q));
+    const Trimmed after{scratch};
+    if (!lse) p.lse = lse_memory(scratch, p);
     table.forward(p, threads);
-    scratch.trim();
   };
 }
 

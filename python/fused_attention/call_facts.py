@@ -15,6 +15,7 @@ import torch
 from .problem import ORDINARY
 
 SCALARS = frozenset((bool, int, float, str, NoneType))
+DEEPEST = 16  # no option is a tuple of more than numbers, and the interpreter bears a thousand
 Key = bytes | tuple[Any, ...]
 
 
@@ -26,13 +27,15 @@ def facts(arguments: tuple[Any, ...]) -> Key | None:
     return _reader()(arguments) or listed(arguments)
 
 
-def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The same in Python."""
+def listed(arguments: tuple[Any, ...], depth: int = DEEPEST) -> tuple[Any, ...] | None:
+    """The same in Python. Tuples that hold tuples deeper than that have no key, and the checks say what is wrong with them."""
+    if depth == 0:
+        return None
     found: list[tuple[Any, ...]] = []
     for x in arguments:
         kind = type(x)  # True equals 1, and the checks tell them apart
         if kind is tuple:
-            inner = listed(x)
+            inner = listed(x, depth - 1)
             if inner is None:
                 return None
             found.append(inner)
@@ -57,7 +60,7 @@ def _reader() -> Callable[[tuple[Any, ...]], bytes | None]:
         from . import _cpu
 
         return _cpu.call_facts(tuple(ORDINARY))
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):  # ValueError: what it shows is of another kind
         return _nothing
 
 

@@ -151,20 +151,30 @@ class PagedExplanation(Explanation):
 def _copied(q: Tensor, cache: PagedKVCache, problem: Problem, backend: str) -> str | None:
     if _reader(backend) is None:
         return f"the {backend} backend reads keys in a row"
-    nobody = q[:0]  # whom a kernel takes as it takes others, and has nothing to compute for
-    if _read(nobody, cache, cache.page_table[:0], problem._replace(q=Layout.of(nobody)), backend) is not None:
+    if _heard(q, cache, cache.page_table, problem):
+        return "somebody listens to the call: a compiler, a profiler, a transform or a mode"
+
+    def taken(nobody: Tensor) -> bool:  # whom a kernel takes as it takes others, and has nothing to compute for
+        asked = problem._replace(q=Layout.of(nobody), alibi_slopes=None, sinks=None)
+        return _read(nobody, cache, cache.page_table[:0], asked, backend) is not None
+
+    if taken(q[:0]):
         return None
-    queries = f"{problem.seqlen_q} x {problem.group} queries of a key head, head_dim {problem.head_dim} and head_dim_v {problem.head_dim_v}"
-    return f"{queries} do not suit the {backend} backend's decoding kernel, or somebody listens to the call"
+    dims, kernel = f"head_dim {problem.head_dim} and head_dim_v {problem.head_dim_v}", f"the {backend} backend's kernel for pages"
+    if taken(q[:0, : cache.kv_heads, :1]):
+        return f"{problem.seqlen_q} x {problem.group} queries of a key head are more than {kernel} takes at {dims}"
+    return f"{dims} do not suit {kernel}"
 
 
 def _read(q: Tensor, cache: PagedKVCache, page_table: Tensor, problem: Problem, backend: str) -> Tensor | None:
     """The output over pages where they lie; None where no kernel suits, or somebody listens: they take addresses."""
-    reader, operands = _reader(backend), (q, cache.k, cache.v, page_table)
+    reader = _reader(backend)
+    return None if reader is None or _heard(q, cache, page_table, problem) else reader(q, cache.k, cache.v, page_table, problem)
+
+
+def _heard(q: Tensor, cache: PagedKVCache, page_table: Tensor, problem: Problem) -> bool:
     options = problem.kv_lengths, problem.alibi_slopes, problem.sinks
-    if reader is None or torch.compiler.is_compiling() or not unheard(*operands, *options):
-        return None
-    return reader(*operands, problem)
+    return torch.compiler.is_compiling() or not unheard(q, cache.k, cache.v, page_table, *options)
 
 
 def _reader(backend: str) -> PagesReader | None:
@@ -191,11 +201,12 @@ def _check(
         raise TypeError(f"cache is a {type(cache).__name__}, expected a KVCache or PagedKVCache")
     chosen = cache._chosen(members)
     cache._check_operand("q", q)
-    positioned = k is not None or rotary is not None or any(options.get(name) for name in ("causal", "window"))
-    beams = 1 if positioned or options.get("alibi_slopes") is not None or not chosen else max(1, len(q) // len(chosen))
+    positioned = _positioned(options | {"k": k, "rotary": rotary})
+    beams = 1 if positioned or not chosen or q.dim() != 4 else max(1, len(q) // len(chosen))
     if q.dim() != 4 or (len(q), q.shape[3]) != (beams * len(chosen), cache.head_dim) or q.shape[1] % cache.kv_heads or not q.shape[1]:
         expected = f"({len(chosen)}, a multiple of kv_heads {cache.kv_heads}, seqlen_q, head_dim {cache.head_dim})"
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected {expected} as the cache was made for")
+        besides = _of_beams(len(chosen), positioned) if chosen and q.dim() == 4 and len(q) != len(chosen) else ""
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected {expected} as the cache was made for{besides}")
     if (k is None) != (v is None):
         given, missing = ("v", "k") if k is None else ("k", "v")
         raise ValueError(f"{given} is given and {missing} is None: give both to append them, or neither")
@@ -208,6 +219,19 @@ def _check(
         if isinstance(options.get(name), Tensor):
             refuse_gradient(name, options[name])
     return chosen, more, beams
+
+
+def _positioned(given: dict[str, Any]) -> list[str]:
+    """Those of the options that count positions: rows of a member's beams have none of their own."""
+    window = given.get("window")
+    bounded = not isinstance(window, (tuple, list)) or any(side is not None for side in window)
+    counted = given | {"window": window if bounded else None, "causal": given.get("causal") or None}
+    return [name for name in ("k", "rotary", "causal", "window", "alibi_slopes") if counted.get(name) is not None]
+
+
+def _of_beams(members: int, positioned: list[str]) -> str:
+    beams = f"a multiple of {members} in place of it, beams that read one memory"
+    return f"; {beams}, is for calls without {' and '.join(positioned)}" if positioned else f"; or {beams}"
 
 
 def _folded(q: Tensor, beams: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Keys read in pages: the bits of keys in a row, for every option and page size, and no page table leads anywhere else."""
+"""Keys read in pages: the bits of keys in a row, for every option and page size, and no page table leads anywhere else.
+
+With sinks the bits are the same where both calls have one split, or both more: who adds the sink depends on that.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,10 @@ def test_pages_a_billion_elements_apart(axis, size):
 
 
 def test_a_cache_in_pages_is_read_where_it_lies_with_the_bits_of_one_in_a_row(monkeypatch):
-    """Members of unlike lengths, their pages between each other's, padding on the left, a shared prefix, and some members alone."""
+    """Members of unlike lengths, their pages between each other's, padding on the left, a shared prefix, and some members alone.
+
+    With sinks, of which a cache in a row and one in pages have the same bits only while both are shown at most SPLIT keys, or both more.
+    """
     monkeypatch.setattr(PagedKVCache, "keys_of", None)  # which copies
     monkeypatch.setattr(tiles, "choose", lambda *_: tiles.TileConfig(16, 16))
     generator = torch.Generator().manual_seed(0)
