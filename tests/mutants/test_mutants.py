@@ -89,7 +89,7 @@ FAULTS: dict[str, Fault] = {
     "reference-sink-ignored": Fault("reference.py", "logits = torch.cat((scores, sinks), dim=-1)", "logits = scores"),
     "reference-empty-row-guard": Fault("reference.py", "return lse.masked_fill(lse == NEG_INF, 0.0)", "return lse"),
     "dropout-seed-ignored": Fault(
-        "functional.py", "if problem.dropout_p > 0 and problem.dropout_seed is None:", "if problem.dropout_p > 0:"
+        "calls.py", "if made.problem.dropout_p == 0 or made.problem.dropout_seed is not None:", "if made.problem.dropout_p == 0:"
     ),
     "torch-kernel-takes-windows": Fault(
         "torch_backend.py", "if problem.window_left is None and problem.kv_lengths is None:", "if problem.kv_lengths is None:"
